@@ -56,7 +56,7 @@ class ModelSpec(Value, kw_only=True):
             if getattr(self, field) < 1:
                 raise UserError(f"model.{field}: {getattr(self, field)} is not a positive count")
         if self.heads % self.kv_heads:
-            raise UserError(f"model.kv_heads: {self.heads} heads cannot share {self.kv_heads} key/value heads")
+            raise UserError(f"model.kv_heads: {self.kv_heads} does not divide {self.heads} heads")
 
 
 class LastRowAttention(Value, kw_only=True, tag_field="rule", tag="last_row_attention"):
