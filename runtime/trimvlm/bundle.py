@@ -49,7 +49,7 @@ Lowering = Literal["fused", "primitive"]
 Dtype = Literal["float32", "float16"]
 
 
-class ImageProcessing(Value, kw_only=True):
+class ImageProcessing(Value, frozen=True, kw_only=True):
     """Image preprocessing, frozen from the checkpoint's processor. Steps run in this order.
 
     Attributes:
@@ -68,7 +68,7 @@ class ImageProcessing(Value, kw_only=True):
     std: tuple[float, float, float]
 
 
-class PromptTemplate(Value, kw_only=True):
+class PromptTemplate(Value, frozen=True, kw_only=True):
     """The checkpoint's chat template, frozen to pieces of text.
 
     A conversation is `start`, then per turn `user_start`, one `image` per image, the text, `user_end`,
@@ -84,7 +84,7 @@ class PromptTemplate(Value, kw_only=True):
     generate: str
 
 
-class TextProcessing(Value, kw_only=True):
+class TextProcessing(Value, frozen=True, kw_only=True):
     """Tokenization: the tokenizer file and the ids that the runtime must know."""
 
     tokenizer: str
@@ -94,14 +94,14 @@ class TextProcessing(Value, kw_only=True):
     template: PromptTemplate
 
 
-class File(Value, kw_only=True):
+class File(Value, frozen=True, kw_only=True):
     """A file of the bundle, for verification."""
 
     bytes: int
     sha256: str
 
 
-class Engine(Value, kw_only=True):
+class Engine(Value, frozen=True, kw_only=True):
     """What `trimvlm build` made for one Target, and what it is bound to.
 
     Attributes:
@@ -123,7 +123,7 @@ class Engine(Value, kw_only=True):
     measured: dict[str, float] = {}
 
 
-class Entry(Value, kw_only=True):
+class Entry(Value, frozen=True, kw_only=True):
     """One profile of the bundle: its files."""
 
     profile: str
@@ -133,7 +133,7 @@ class Entry(Value, kw_only=True):
     engines: dict[str, Engine] = {}
 
 
-class Manifest(Value, kw_only=True):
+class Manifest(Value, frozen=True, kw_only=True):
     """Everything that a device must know, without torch, transformers or YAML."""
 
     format: Literal[1] = FORMAT

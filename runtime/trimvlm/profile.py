@@ -22,10 +22,11 @@ Rows: TypeAlias = Literal["live", "none"]
 
 
 class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of every value here: frozen, unknown keys refused (msgspec does not inherit `kw_only`)."""
+    """Base of every value here: frozen, unknown keys refused. A class says `frozen` and `kw_only` again: msgspec
+    does not inherit the second, type checkers not the first."""
 
 
-class ModelSpec(Value, kw_only=True):
+class ModelSpec(Value, frozen=True, kw_only=True):
     """Geometry and identity of the model that a Profile was made for.
 
     Attributes:
@@ -59,7 +60,7 @@ class ModelSpec(Value, kw_only=True):
             raise UserError(f"model.kv_heads: {self.kv_heads} does not divide {self.heads} heads")
 
 
-class LastRowAttention(Value, kw_only=True, tag_field="rule", tag="last_row_attention"):
+class LastRowAttention(Value, frozen=True, kw_only=True, tag_field="rule", tag="last_row_attention"):
     """Rank visual tokens by the last prompt row's attention to them, mean over heads, in fp32.
 
     Attributes:
@@ -71,7 +72,7 @@ class LastRowAttention(Value, kw_only=True, tag_field="rule", tag="last_row_atte
     attention: Literal["previous", "own"]
 
 
-class Select(Value, kw_only=True):
+class Select(Value, frozen=True, kw_only=True):
     """At the input of `layer`, shrink the live visual rows to the `keep` best per image.
 
     Survivors keep their original order and ties go to the lower index. With m images the budget is
@@ -83,7 +84,7 @@ class Select(Value, kw_only=True):
     by: LastRowAttention
 
 
-class LayerRule(Value, kw_only=True):
+class LayerRule(Value, frozen=True, kw_only=True):
     """What differs from the default in some layers. A field left out says nothing (default: live, both).
 
     Attributes:
@@ -105,7 +106,7 @@ class LayerRule(Value, kw_only=True):
     execute: Literal["both", "none"] | None = None
 
 
-class Decisions(Value, kw_only=True):
+class Decisions(Value, frozen=True, kw_only=True):
     """The static decisions, as small as they can be said.
 
     Attributes:
@@ -127,7 +128,7 @@ class Decisions(Value, kw_only=True):
     mask: Literal["additive", "post_softmax"] = "additive"
 
 
-class VisionTaps(Value, kw_only=True):
+class VisionTaps(Value, frozen=True, kw_only=True):
     """Extra outputs of the vision graph that encoder-side methods need.
 
     Attributes:
@@ -139,14 +140,14 @@ class VisionTaps(Value, kw_only=True):
     features: tuple[int, ...] = ()
 
 
-class Method(Value, kw_only=True):
+class Method(Value, frozen=True, kw_only=True):
     """Which published algorithm made the decisions, and its parameters."""
 
     name: str
     parameters: dict[str, Any] = {}
 
 
-class Calibration(Value, kw_only=True):
+class Calibration(Value, frozen=True, kw_only=True):
     """Where the decisions come from.
 
     Attributes:
@@ -162,7 +163,7 @@ class Calibration(Value, kw_only=True):
     curves: dict[str, tuple[float | None, ...]] = {}
 
 
-class Profile(Value, kw_only=True):
+class Profile(Value, frozen=True, kw_only=True):
     """A pruning profile. See the module's text; `docs/profile.md` shows one in full."""
 
     schema: Literal[1] = SCHEMA

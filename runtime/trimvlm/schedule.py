@@ -26,7 +26,7 @@ from trimvlm.profile import Decisions, LayerRule, ModelSpec, Profile, Rows, Sele
 TENSORRT_TOPK_LIMIT = 3840  # documented limit of TensorRT's TopK operator
 
 
-class Row(Value, kw_only=True):
+class Row(Value, frozen=True, kw_only=True):
     """One decoder layer. Counts are visual rows of one image.
 
     Attributes:
@@ -61,7 +61,7 @@ class Row(Value, kw_only=True):
         return self.live if self.cache == "live" and self.execute == "both" else 0
 
 
-class Schedule(Value, kw_only=True):
+class Schedule(Value, frozen=True, kw_only=True):
     """Per-layer table and what holds for all layers."""
 
     model: ModelSpec
@@ -122,6 +122,10 @@ def resolve(decisions: Decisions, model: ModelSpec) -> Schedule:
     if decisions.positions == "compact" and decisions.inject:
         raise UserError("positions: late injection needs persistent position ids")
     exceptions = _per_layer(decisions.layers, last)
+    if decisions.positions == "compact":
+        for layer, fields in exceptions.items():
+            if fields.get("cache") == "none":
+                raise UserError(f"layer {layer}: cache: compact position ids need the live rows in the cache")
     if decisions.mask == "post_softmax" and not any(
         "none" in (fields.get("text_keys"), fields.get("visual_keys")) for fields in exceptions.values()
     ):
