@@ -22,8 +22,8 @@ Rows: TypeAlias = Literal["live", "none"]
 
 
 class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of every value here: frozen, unknown keys refused. A class says `frozen` and `kw_only` again: msgspec
-    does not inherit the second, type checkers not the first."""
+    """Base of every value here: frozen, unknown keys refused. A class says `frozen` and `kw_only` again:
+    msgspec does not inherit the second, type checkers not the first."""
 
 
 class ModelSpec(Value, frozen=True, kw_only=True):

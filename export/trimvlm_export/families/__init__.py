@@ -1,0 +1,35 @@
+"""Model families: one file each, named after transformers' `model_type`. A new family is a new file.
+
+A family module gives:
+
+    canonical(name) -> str              checkpoint tensor name to transformers parameter name, old names too
+    model_spec(config, fingerprint)     `trimvlm.profile.ModelSpec`
+    Vision(config, taps)                torch module: pixel_values [I, 3, H, W] -> visual [I * N, D], taps...
+    vision_outputs(taps) -> list[str]   names of the Vision module's outputs
+    unused(config, name) -> str | None  why a checkpoint tensor is not needed
+    DECODER_PREFIX, LM_HEAD             where the decoder's parameters live
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from trimvlm.errors import UserError
+
+
+def names() -> list[str]:
+    """Families that have a file here."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def of(model_type: str) -> ModuleType:
+    """The family module for transformers' `model_type`.
+
+    Raises:
+        UserError: a family that trimvlm does not know.
+    """
+    if model_type not in names():
+        raise UserError(f"model_type {model_type!r} is not supported; supported: {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{model_type}")

@@ -1,0 +1,83 @@
+"""Names and shapes of the decoder graph's inputs and outputs, from the Schedule alone (`trimvlm.bundle`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trimvlm.schedule import Row, Schedule
+
+Dims = list[str | int]
+
+IMAGES, TEXT = (
+    2,
+    9,
+)  # sizes of the traced example: none of them 0 or 1, which a trace would take for constants
+
+
+def executed(schedule: Schedule) -> list[Row]:
+    """Layers with keys and values."""
+    return [row for row in schedule.rows if row.execute == "both"]
+
+
+def past_dim(schedule: Schedule, row: Row) -> str:
+    """Symbolic size of a layer's past: one name per distinct number of cached visual rows."""
+    return f"past_{schedule.kv_groups.index(row.cached)}"
+
+
+def decoder_inputs(schedule: Schedule) -> dict[str, Dims]:
+    """Input name to dimensions, in graph order."""
+    model = schedule.model
+    inputs: dict[str, Dims] = {
+        "input_ids": ["text"],
+        "visual": ["visual", model.hidden],
+        "text_positions": ["text"],
+        "visual_positions": ["visual"],
+    }
+    inputs |= {f"forced.{stage}": [f"forced_{stage}"] for stage in range(len(schedule.stages))}
+    for kind in ("key", "value"):
+        for row in executed(schedule):
+            dims: Dims = [1, model.kv_heads, past_dim(schedule, row), model.head_dim]
+            inputs[f"past_{kind}.{row.layer}"] = dims
+    return inputs
+
+
+def decoder_outputs(schedule: Schedule) -> dict[str, Dims]:
+    """Output name to dimensions, in graph order."""
+    model = schedule.model
+    outputs: dict[str, Dims] = {"logits": [1, model.vocab]}
+    for kind in ("key", "value"):
+        for row in executed(schedule):
+            total = past_dim(schedule, row).replace("past", "total")
+            outputs[f"present_{kind}.{row.layer}"] = [1, model.kv_heads, total, model.head_dim]
+    outputs |= {f"selected.{stage}": [f"selected_{stage}"] for stage in range(len(schedule.stages))}
+    outputs |= {f"scores.{stage}": [f"entered_{stage}"] for stage in range(len(schedule.stages))}
+    return outputs
+
+
+def decoder_example(schedule: Schedule, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `Decoder.forward` for tracing: two images, a past, every varying size distinct."""
+    model, rows = schedule.model, executed(schedule)
+    visual, start = IMAGES * model.visual_tokens, 3
+
+    def past() -> list[torch.Tensor]:
+        return [
+            torch.zeros(1, model.kv_heads, 5 + IMAGES * row.cached, model.head_dim, dtype=dtype)
+            for row in rows
+        ]
+
+    return {
+        "input_ids": torch.zeros(TEXT, dtype=torch.long),
+        "visual": torch.zeros(visual, model.hidden, dtype=dtype),
+        "text_positions": torch.cat((torch.arange(start), torch.arange(start + visual, TEXT + visual))),
+        "visual_positions": torch.arange(start, start + visual),
+        "forced": [torch.arange(IMAGES * row.live) for row in schedule.stages],
+        "past_key": past(),
+        "past_value": past(),
+    }
+
+
+def is_dynamic(name: str, dimension: int) -> bool:
+    """Which dimensions of the example vary."""
+    return dimension == (2 if name.startswith("past") else 0)

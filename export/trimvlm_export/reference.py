@@ -1,0 +1,212 @@
+"""The reference: the untouched Hugging Face LLaVA under a Schedule, by hooks and masks over all rows.
+
+Slow, obvious and close to the papers: every row is computed in every layer, and what a Schedule removes is
+made invisible (keys) or has its contribution taken back (attention and FFN outputs). It is the oracle that
+the exported decoder is compared with, so it shares weights and the Schedule with it and nothing else.
+
+How to use it (one prompt at a time, the model best loaded in float32):
+
+    model = LlavaForConditionalGeneration.from_pretrained(directory, dtype="float32").eval()
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
+    with Reference(model, schedule) as reference:
+        run = reference.prefill(inputs)            # run.logits, run.selected, run.scores, run.hidden, run.kv
+        logits_V = reference.step(token)           # one decode step after that prefill
+        ids = reference.generate(inputs, max_new_tokens=16)
+        again = reference.prefill(inputs, forced=run.selected)  # selections given from outside
+
+Inside `with` the model belongs to the reference; afterwards it is as it was. Selections are numbered by
+visual row, 0..M*N-1, in every stage; `scores[s]` list the rows that entered stage s, ascending.
+
+Shapes: S all rows of the prompt, T text rows, N visual rows of one image, M images, K rows kept, D width,
+H heads, G key/value heads, C head size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trimvlm.errors import UserError
+from trimvlm.schedule import Schedule
+from trimvlm_export.reference_prompt import Prefill, PromptRun
+from trimvlm_export.reference_rows import PromptRows, attention
+
+ATTENTION = "trimvlm_reference"
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+
+
+class Reference:
+    """A LLaVA model under a Schedule. See the module's text.
+
+    Raises:
+        UserError: the Schedule is for another geometry than the model's.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, schedule: Schedule) -> None:
+        assert not model.training, "call model.eval() first"
+        self.model = model
+        self.schedule = schedule
+        self._decoder: Any = model.model.language_model
+        for name, found in (
+            ("layers", self._decoder.config.num_hidden_layers),
+            ("hidden", self._decoder.config.hidden_size),
+        ):
+            if (wanted := getattr(schedule.model, name)) != found:
+                raise UserError(f"the schedule is for a model with {name} {wanted}, but this one has {found}")
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._run: PromptRun | None = None
+
+    def __enter__(self) -> Reference:
+        config = self._decoder.config
+        assert config._attn_implementation != ATTENTION, "this model is inside another Reference"
+        self._attention_before = config._attn_implementation
+        config._attn_implementation = ATTENTION
+        for number, layer in enumerate(self._decoder.layers):
+            self._hooks += self._install(number, layer)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._run = None
+        self._decoder.config._attn_implementation = self._attention_before
+
+    @torch.no_grad()
+    def features(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Projector outputs [M*N, D] of the images of `inputs`, image after image."""
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return torch.empty(
+                0, self.schedule.model.hidden, dtype=self.model.dtype, device=self.model.device
+            )
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        output: Any = self.model.get_image_features(pixel_values=pixels, return_dict=True)
+        return torch.cat(list(output.pooler_output), dim=0)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        forced: Sequence[np.ndarray] | None = None,
+        features: torch.Tensor | None = None,
+        detail: bool = True,
+    ) -> Prefill:
+        """Runs the prompt.
+
+        Args:
+            inputs: `input_ids` [1, S] with expanded image tokens and `pixel_values`, as AutoProcessor gives.
+            forced: per stage, visual rows that replace the selection.
+            features: what `features(inputs)` gave before, where many runs share an image.
+            detail: also record `hidden` and `kv`, which are large.
+
+        Raises:
+            UserError: more than one prompt, padding, a prompt that ends in an image, or images that give
+                another number of visual tokens than the Schedule says.
+        """
+        assert self._hooks, "use the reference inside `with`"
+        ids = inputs["input_ids"].to(self.model.device)
+        rows = PromptRows.of(
+            ids, inputs.get("attention_mask"), self.model.config.image_token_id, self.schedule.model
+        )
+        projected = self.features(inputs) if features is None else features
+        if len(projected) != len(rows.visual):
+            raise UserError(
+                f"the prompt has {len(rows.visual)} image tokens, but its images give {len(projected)}; "
+                "run the processor on prompt and images together"
+            )
+        embedded = self._decoder.embed_tokens(ids)
+        embedded[0, rows.visual] = projected.to(embedded.dtype)
+        self._run = PromptRun(
+            schedule=self.schedule,
+            decoder=self._decoder,
+            rows=rows,
+            projected=projected,
+            forced=forced,
+            cache=DynamicCache(config=self._decoder.config),
+            detail=detail,
+        )
+        self._run.prefill.logits = self._forward(embedded)
+        self._run.start_decoding()
+        return self._run.prefill
+
+    @torch.no_grad()
+    def step(self, token: int) -> np.ndarray:
+        """Decodes one token after `prefill` or another `step`; returns logits [V] for the next."""
+        assert self._run is not None, "prefill first"
+        logits_V = self._forward(
+            self._decoder.embed_tokens(torch.tensor([[token]], device=self.model.device))
+        )
+        self._run.generated += 1
+        return logits_V
+
+    def generate(
+        self,
+        inputs: Mapping[str, Any],
+        max_new_tokens: int,
+        *,
+        forced: Sequence[np.ndarray] | None = None,
+        features: torch.Tensor | None = None,
+    ) -> list[int]:
+        """Greedy ids of the answer, the end token included where it was reached."""
+        assert self.model.generation_config is not None
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        logits_V = self.prefill(inputs, forced=forced, features=features, detail=False).logits
+        ids: list[int] = []
+        while len(ids) < max_new_tokens:
+            if ids:
+                logits_V = self.step(ids[-1])
+            ids.append(int(logits_V.argmax()))
+            if ids[-1] in ends:
+                break
+        return ids
+
+    def _forward(self, embedded: torch.Tensor) -> np.ndarray:
+        """Logits [V] of the last row of `embedded` [1, rows, D]."""
+        assert self._run is not None
+        out = self.model(
+            inputs_embeds=embedded, past_key_values=self._run.cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[0, -1].float().cpu().numpy()
+
+    def _install(self, number: int, layer: Any) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hooks that make one decoder layer follow its row of the Schedule."""
+        row = self.schedule.rows[number]
+
+        def run() -> PromptRun:
+            assert self._run is not None
+            return self._run
+
+        def before_layer(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return (run().enter(row, layer, args[0]), *args[1:]), kwargs
+
+        def before_attention(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return args, {**kwargs, **run().view(row, kwargs["hidden_states"])}
+
+        def after_attention(module: Any, args: tuple, output: tuple) -> tuple:
+            run().note_attention(output[1])
+            return (run().take_back(output[0], row.query), output[1])
+
+        def after_ffn(module: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            return run().take_back(output, row.ffn)
+
+        def after_layer(module: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            return run().leave(row, args[0] if row.execute == "none" else output)
+
+        return [
+            layer.register_forward_pre_hook(before_layer, with_kwargs=True),
+            layer.self_attn.register_forward_pre_hook(before_attention, with_kwargs=True),
+            layer.self_attn.register_forward_hook(after_attention),
+            layer.mlp.register_forward_hook(after_ffn),
+            layer.register_forward_hook(after_layer),
+        ]

@@ -1,0 +1,109 @@
+"""Rows, positions, visibility and attention for the reference, in plain words.
+
+Shapes: S all rows of the prompt, T text rows, N visual rows of one image, H heads, G key/value heads, C head
+size, Q query rows, P keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimvlm.errors import UserError
+from trimvlm.profile import ModelSpec
+from trimvlm.schedule import Row
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Which rows of a prompt are what.
+
+    Attributes:
+        is_text: bool [S].
+        visual: int64 [M*N], sequence index of each visual row.
+        images: M.
+    """
+
+    is_text: np.ndarray
+    visual: np.ndarray
+    images: int
+
+    @classmethod
+    def of(
+        cls, ids: torch.Tensor, attention_mask: torch.Tensor | None, image_token: int, model: ModelSpec
+    ) -> PromptRows:
+        """Reads the rows off `ids` [1, S].
+
+        Raises:
+            UserError: several prompts, padding, an image at the end, or a wrong number of image tokens.
+        """
+        if ids.shape[0] != 1 or (attention_mask is not None and not bool(attention_mask.all())):
+            raise UserError("the reference runs one prompt at a time, without padding")
+        is_text = (ids[0] != image_token).cpu().numpy()
+        if not is_text[-1]:
+            raise UserError("the prompt ends in an image; put text after it, selections rank by the last row")
+        visual = np.flatnonzero(~is_text)
+        images, rest = divmod(len(visual), model.visual_tokens)
+        if rest:
+            raise UserError(
+                f"the prompt has {len(visual)} image tokens, not a multiple of the "
+                f"{model.visual_tokens} per image that the profile is for"
+            )
+        return cls(is_text=is_text, visual=visual, images=images)
+
+    def position_ids(self, live: np.ndarray, positions: str) -> torch.Tensor:
+        """RoPE positions [1, S]: the place in the full sequence, or (`compact`) the place among live rows."""
+        places = np.maximum(live.cumsum() - 1, 0) if positions == "compact" else np.arange(len(live))
+        return torch.from_numpy(places.astype(np.int64))[None]
+
+    def causal(self, live: np.ndarray) -> torch.Tensor:
+        """Visibility bool [S, S]: a row sees live keys that do not come after it."""
+        size = len(live)
+        return torch.ones(size, size, dtype=torch.bool).tril() & torch.from_numpy(live)
+
+    def hidden_keys(self, row: Row) -> torch.Tensor:
+        """Visual keys bool [S, S] that `text_keys` and `visual_keys` hide at prefill."""
+        blind_S = np.where(self.is_text, row.text_keys == "none", row.visual_keys == "none")
+        return torch.from_numpy(blind_S[:, None] & ~self.is_text[None])
+
+
+def attention(  # noqa: PLR0917 - transformers' signature
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    visible: torch.Tensor,
+    zeroed: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as the textbook has it, in float32, as a transformers attention function.
+
+    Args:
+        query: [1, H, Q, C].
+        key, value: [1, G, P, C].
+        attention_mask: None; `visible` says it all.
+        visible: bool [Q, P]: keys that take part in the softmax. A row that sees none gets zeros.
+        zeroed: bool [Q, P]: weights set to zero after the softmax, without renormalising (VisiPruner's code).
+
+    Returns:
+        Output [1, Q, H, C] in the query's dtype, and weights float32 [1, H, Q, P].
+    """
+    assert attention_mask is None
+    groups = query.shape[1] // key.shape[1]
+    key = key.float().repeat_interleave(groups, dim=1)
+    value = value.float().repeat_interleave(groups, dim=1)
+    scores = query.float() @ key.transpose(2, 3) * scaling
+    weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1).nan_to_num(0.0)
+    if zeroed is not None:
+        weights = weights.masked_fill(zeroed, 0.0)
+    return (weights @ value).to(query.dtype).transpose(1, 2), weights
+
+
+def best(scores: np.ndarray, count: int) -> np.ndarray:
+    """Indices int64 [count] of the highest scores, ascending; of equal scores the lower index wins."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])

@@ -1,0 +1,100 @@
+"""From a torch module to an ONNX file of kilobytes whose weights point into the bundle's safetensors."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from trimvlm.bundle import write_whole
+from trimvlm_export.checkpoint import Tensor
+
+INLINE_LIMIT = 1 << 20  # bytes of constants that may live in the graph file itself
+
+
+def trace(
+    module: nn.Module,
+    example: dict[str, Any],
+    dynamic: Callable[[str, int], bool],
+    *,
+    inputs: Mapping[str, Sequence[str | int]],
+    outputs: Mapping[str, Sequence[str | int]],
+    opset: int,
+) -> ir.Model:
+    """Traces `module(**example)`.
+
+    Args:
+        example: keyword arguments; lists of tensors count as inputs in their order.
+        dynamic: (argument name, dimension) -> whether that dimension varies.
+        inputs, outputs: names in graph order with their dimensions (a text is a symbolic size).
+        opset: ONNX operator set.
+    """
+    shapes = {
+        name: [_dynamic(name, t, dynamic) for t in value]
+        if isinstance(value, list)
+        else _dynamic(name, value, dynamic)
+        for name, value in example.items()
+    }
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.export.export(module.eval(), (), kwargs=example, dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=True, verbose=False)
+    assert exported is not None
+    model = exported.model
+    for values, named in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        assert len(values) == len(named), (len(values), list(named))
+        for value, (name, dims) in zip(values, named.items(), strict=True):
+            value.name, value.shape = name, ir.Shape(dims)
+    return model
+
+
+def _dynamic(name: str, tensor: torch.Tensor, dynamic: Callable[[str, int], bool]) -> dict[int, Any]:
+    return {n: torch.export.Dim.DYNAMIC for n in range(tensor.dim()) if dynamic(name, n)}
+
+
+def attach_weights(model: ir.Model, weights: Mapping[str, Tensor], directory: Path) -> None:
+    """Makes initialisers external: each points to the bytes of its tensor under `directory`.
+
+    Args:
+        weights: initialiser name (module parameter name) to where its bytes are.
+    """
+    inline = 0
+    for name, value in list(model.graph.initializers.items()):
+        tensor = weights.get(name)
+        if tensor is None:
+            assert value.const_value is not None
+            inline += value.const_value.nbytes
+            continue
+        assert value.const_value is not None and tuple(value.const_value.shape.numpy()) == tensor.shape, name
+        value.const_value = ir.ExternalTensor(
+            location=tensor.file.relative_to(directory).as_posix(),
+            offset=tensor.offset,
+            length=tensor.length,
+            dtype=value.const_value.dtype,
+            shape=value.const_value.shape,
+            name=name,
+            base_dir=directory,
+        )
+    assert inline < INLINE_LIMIT, f"{inline} bytes of weights were copied into the graph"
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Writes the graph without the exporter's notes (source lines of the machine that traced it)."""
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+        value.doc_string = None
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    write_whole(path, ir.serde.serialize_model(model).SerializeToString())
