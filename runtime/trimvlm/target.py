@@ -83,7 +83,9 @@ class Target(Value, frozen=True, kw_only=True):
             said = "needs one" if self.compute_capability is None else "has no use for one"
             raise UserError(f"{where}: compute_capability: a {self.backend} target {said}")
         if self.build_on_device != (self.backend == "tensorrt"):
-            said = "must be built on the device" if self.backend == "tensorrt" else "is not built on the device"
+            said = (
+                "must be built on the device" if self.backend == "tensorrt" else "is not built on the device"
+            )
             raise UserError(f"{where}: build_on_device: a {self.backend} target {said}")
         if self.backend == "tensorrt_rtx" and self.compute_capability not in RTX_CAPABILITIES:
             raise UserError(
@@ -92,8 +94,8 @@ class Target(Value, frozen=True, kw_only=True):
             )
         if self.backend == "tensorrt" and self.lowering == "fused" and not self._always_fused():
             raise UserError(
-                f"{where}: lowering: fused needs TensorRT 10.15 or newer, but versions {self.versions} allows "
-                "older ones; use primitive"
+                f"{where}: lowering: fused needs TensorRT 10.15 or newer, but versions {self.versions} "
+                "allows older ones; use primitive"
             )
 
     def allows(self, version: str) -> bool:

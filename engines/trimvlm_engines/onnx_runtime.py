@@ -1,0 +1,53 @@
+"""ONNX Runtime: nothing is built; the graph is loaded and run once, which proves that it runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimvlm.bundle import Dtype
+from trimvlm.errors import UserError
+from trimvlm.target import Target
+from trimvlm_engines.library import check_version
+from trimvlm_engines.plan import Sink
+from trimvlm_engines.shapes import ShapeRange
+
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+class OnnxRuntime:
+    """See `Library`."""
+
+    writes_plans = False
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, target: Target) -> None:
+        try:
+            import onnxruntime
+        except ModuleNotFoundError:
+            raise UserError(
+                f"target {target.name}: onnxruntime is not installed; pip install 'trimvlm[ort]'"
+            ) from None
+        check_version(target, onnxruntime.__version__, "pip install 'trimvlm[ort]' gets one")
+        self.version = onnxruntime.__version__
+        self._ort = onnxruntime
+
+    def make(
+        self, graph: Path, ranges: Mapping[str, ShapeRange], dtype: Dtype, sink: Sink | None
+    ) -> dict[str, Any]:
+        """Loads the graph and runs it on zeros of the smallest shapes (for a decoder: one decode step)."""
+        assert sink is None
+        try:
+            session = self._ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+            feeds = {
+                node.name: np.zeros(ranges[node.name].min, NUMPY[node.type]) for node in session.get_inputs()
+            }
+            session.run(None, feeds)
+        except Exception as error:  # ONNX Runtime raises a dozen types of its own, all derived from this one
+            if type(error).__module__.startswith("onnxruntime"):
+                raise UserError(f"{graph}: onnxruntime {self.version} cannot run it: {error}") from None
+            raise
+        return {"provider": "CPUExecutionProvider"}

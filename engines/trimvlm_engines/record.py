@@ -1,0 +1,161 @@
+"""How builds write into a Bundle: one at a time per target, files whole, manifest entries never lost.
+
+Two locks, both released by the operating system when a process is killed: a target's lock is held while its
+plans are built (they share the vision plan, and on a device the GPU that is being timed), the manifest's lock
+only while it is read, changed and written back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from trimvlm.bundle import MANIFEST, Bundle, Engine, Entry, File, Manifest, write_manifest
+from trimvlm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MANIFEST_LOCK = ".manifest.lock"
+
+
+class PlanFile:
+    """A plan being written: hashed on the way, under a temporary name until `publish`.
+
+    A build that fails removes it; what a killed build leaves is never read, and removed by the next build
+    for the target (`building` admits one at a time).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0
+        self._part = path.with_name(f".{path.name}.part")
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> PlanFile:
+        self._file = self._part.open("wb")
+        return self
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Appends; returns the number of bytes."""
+        self._digest.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is not None:
+            self._part.unlink(missing_ok=True)
+
+    def publish(self) -> File:
+        """Gives the plan its name; the caller records it in the manifest in the same breath."""
+        self._part.replace(self.path)
+        return File(bytes=self.bytes, sha256=self._digest.hexdigest())
+
+    def discard(self) -> None:
+        """Removes what was written and not published."""
+        self._part.unlink(missing_ok=True)
+
+
+@contextmanager
+def building(directory: Path, target: str) -> Iterator[None]:
+    """Admits one build per target and bundle; a second one waits, then finds the plans up to date."""
+    from filelock import FileLock, Timeout
+
+    if not (directory / MANIFEST).is_file():
+        Bundle(directory)  # says what is missing, before a lock file is left in a stranger's directory
+    lock = FileLock(directory / f".{target}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("%s: waiting for another build for %s", directory, target)
+        lock.acquire()
+    try:
+        for part in directory.glob(f".*.{target}.*.part"):  # of a killed build
+            part.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def change_manifest(directory: Path, change: Callable[[Manifest], Manifest]) -> None:
+    """Reads the manifest, changes it and writes it back, under its lock."""
+    from filelock import FileLock
+
+    with FileLock(directory / MANIFEST_LOCK):
+        before = _read(directory)
+        after = change(before)
+        if after != before:
+            write_manifest(directory, after)
+
+
+def add_engine(directory: Path, profile: str, engine: Engine, plans: dict[str, PlanFile]) -> None:
+    """Publishes plans and records the Engine that uses them."""
+
+    def change(manifest: Manifest) -> Manifest:
+        entry = manifest.profiles.get(profile)
+        if entry is None:
+            raise UserError(f"{directory}: profile {profile} was removed during the build; export it again")
+        files = {name: plan.publish() for name, plan in plans.items()}
+        entry = msgspec.structs.replace(entry, engines={**entry.engines, engine.target: engine})
+        return msgspec.structs.replace(
+            manifest,
+            profiles={**manifest.profiles, profile: entry},
+            files={**manifest.files, **files},
+        )
+
+    change_manifest(directory, change)
+
+
+def forget_lost_engines(directory: Path) -> None:
+    """Drops engines whose plan is gone or has another size, so that they can be built again.
+
+    Everything else that is missing stays an error of `Bundle`: only plans can be made here.
+    """
+
+    def change(manifest: Manifest) -> Manifest:
+        plans = {
+            file
+            for entry in manifest.profiles.values()
+            for engine in entry.engines.values()
+            for file in engine.graphs.values()
+            if file.endswith(".engine")
+        }
+        lost = {name for name in plans if not _is_whole(directory / name, manifest.files.get(name))}
+        if not lost:
+            return manifest
+        log.warning("%s: building again what is missing or damaged: %s", directory, ", ".join(sorted(lost)))
+        return msgspec.structs.replace(
+            manifest,
+            profiles={name: _without(entry, lost) for name, entry in manifest.profiles.items()},
+            files={name: file for name, file in manifest.files.items() if name not in lost},
+        )
+
+    change_manifest(directory, change)
+
+
+def _without(entry: Entry, lost: set[str]) -> Entry:
+    kept = {t: engine for t, engine in entry.engines.items() if not lost & set(engine.graphs.values())}
+    return msgspec.structs.replace(entry, engines=kept)
+
+
+def _is_whole(path: Path, file: File | None) -> bool:
+    return file is not None and path.is_file() and path.stat().st_size == file.bytes
+
+
+def _read(directory: Path) -> Manifest:
+    try:
+        return msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError, UserError):
+        return Bundle(directory).manifest  # raises the UserError that says why

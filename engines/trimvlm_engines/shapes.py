@@ -1,0 +1,85 @@
+"""Shape ranges: the smallest, typical and largest shape of each graph input that a plan is built for.
+
+TensorRT calls a set of them an optimisation profile; here a Profile is a pruning profile. One joint range
+covers prefill and decode: with a range for each, TensorRT-RTX stores the weights twice.
+
+m images, N visual rows of one image, T text rows, P past rows, G key/value heads, C head size, D width.
+"""
+
+from __future__ import annotations
+
+from trimvlm.errors import UserError
+from trimvlm.profile import Value
+from trimvlm.schedule import TENSORRT_TOPK_LIMIT, Schedule
+from trimvlm.target import Limits
+
+TYPICAL_TEXT = 32  # rows of a question with its template
+
+
+class ShapeRange(Value, frozen=True, kw_only=True):
+    """Shapes of one input: every dimension lies within `min` and `max`; kernels are chosen for `opt`."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.min) == len(self.opt) == len(self.max):
+            raise UserError(
+                f"shape range {self.min}..{self.opt}..{self.max}: different numbers of dimensions"
+            )
+        if not all(a <= b <= c for a, b, c in zip(self.min, self.opt, self.max, strict=True)):
+            raise UserError(f"shape range {self.min}..{self.opt}..{self.max}: not ascending")
+
+    def plain(self) -> list[list[int]]:
+        """`[min, opt, max]` as JSON holds it."""
+        return [list(self.min), list(self.opt), list(self.max)]
+
+
+def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
+    """One joint range per decoder input, prefill and decode together; typical is a prefill with one image.
+
+    Raises:
+        UserError: a selection over `limits.images` images exceeds TensorRT's TopK.
+    """
+    model, images = schedule.model, limits.images
+    text = _rows((1,), (min(TYPICAL_TEXT, limits.text),), (limits.text,))
+    visual = _rows((0,), (model.visual_tokens,), (images * model.visual_tokens,))
+    ranges = {
+        "input_ids": text,
+        "visual": _rows(*((*shape, model.hidden) for shape in (visual.min, visual.opt, visual.max))),
+        "text_positions": text,
+        "visual_positions": visual,
+    }
+    for stage, row in enumerate(schedule.stages):
+        assert row.select
+        keep = images * row.select.keep
+        if keep > TENSORRT_TOPK_LIMIT:
+            raise UserError(
+                f"layer {row.layer}: select.keep: {images} images keep {keep} tokens, but TensorRT's TopK "
+                f"takes at most {TENSORRT_TOPK_LIMIT}; lower limits.images of the target"
+            )
+        ranges[f"forced.{stage}"] = _rows((0,), (0,), (keep,))
+    for row in schedule.rows:
+        if row.execute == "none":
+            continue
+        past = images * row.cached + limits.text + limits.new_tokens
+        for half in ("key", "value"):
+            ranges[f"past_{half}.{row.layer}"] = _rows(
+                *((1, model.kv_heads, rows, model.head_dim) for rows in (0, 0, past))
+            )
+    return ranges
+
+
+def images_range(height: int, width: int, limits: Limits) -> ShapeRange:
+    """Range of the vision graph's `pixel_values` [m, 3, height, width]."""
+    return _rows((1, 3, height, width), (1, 3, height, width), (limits.images, 3, height, width))
+
+
+def plain(ranges: dict[str, ShapeRange]) -> dict[str, list[list[int]]]:
+    """Ranges as a manifest holds them."""
+    return {name: shape.plain() for name, shape in ranges.items()}
+
+
+def _rows(low: tuple[int, ...], typical: tuple[int, ...], high: tuple[int, ...]) -> ShapeRange:
+    return ShapeRange(min=low, opt=typical, max=high)

@@ -1,0 +1,58 @@
+"""Targets: one YAML per device in `targets/`, discovered by looking there; or a user's own YAML, by path."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import msgspec
+
+from trimvlm.errors import UserError
+from trimvlm.target import Target
+
+SHIPPED = Path(__file__).parent / "targets"
+DEFAULT = "ort-cpu"
+
+
+def load(name_or_path: str | Path) -> Target:
+    """A Target by the name of a shipped device, or by the path of a YAML file.
+
+    Raises:
+        UserError: unknown name (listing the known ones), unreadable YAML, unknown key, impossible target.
+    """
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")):
+        return parse(Path(text))
+    names = _names()
+    if text not in names:
+        near = difflib.get_close_matches(text, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"no target {text!r}; {hint}known are {', '.join(names)}, and any path to a .yaml of your own"
+        )
+    return parse(SHIPPED / f"{text}.yaml")
+
+
+def shipped() -> list[Target]:
+    """All shipped targets, by name."""
+    return [parse(SHIPPED / f"{name}.yaml") for name in _names()]
+
+
+def parse(path: Path) -> Target:
+    """Reads one YAML file.
+
+    Raises:
+        UserError: naming the file, the field and what was expected.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such target file; trimvlm targets lists the shipped ones")
+    try:
+        return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), Target, strict=True)
+    except (yaml.YAMLError, UnicodeDecodeError, msgspec.ValidationError, UserError) as error:
+        raise UserError(f"{path}: not a target: {' '.join(str(error).split())}") from None
+
+
+def _names() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
