@@ -1,0 +1,257 @@
+"""Freezes how a checkpoint's images and text are prepared, so that the device needs no transformers.
+
+Nothing is taken on trust: the frozen image processing and chat template are compared with transformers' own
+on examples, and a checkpoint whose processing cannot be frozen is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from trimvlm.bundle import ImageProcessing, PromptTemplate, TextProcessing
+from trimvlm.errors import UserError
+from trimvlm.images import make_preprocessor
+from trimvlm.text import Turn, encode, load_tokenizer, render
+
+TOKENIZER = "tokenizer.json"
+
+# Sizes (width, height) that tell resize rules, crops and paddings apart.
+SIZES = ((64, 64), (97, 53), (41, 160), (1, 7), (700, 351))
+
+# Marks that no template contains. The proof's texts have what templates are known to alter: spaces at the
+# ends, markup, braces, line ends.
+QUESTION, ANSWER, SECOND = "Qone1", "Aone1", "Qtwo2"
+TEXTS = ("What is it?", "  a <b> & 'c' {{ d }}\n\nline ", "Wie groß\u200b ist 猫?")
+
+
+def image_processing(checkpoint: Path | str) -> tuple[ImageProcessing, tuple[int, int]]:
+    """The checkpoint's image processing and the (height, width) that it makes of every image.
+
+    Raises:
+        UserError: no image processor in the checkpoint, a step that trimvlm does not know (padding, tiles),
+            or a size that the vision tower does not take.
+    """
+    processor = _load("AutoImageProcessor", checkpoint)
+    kind = type(processor).__name__
+    if getattr(processor, "do_pad", None):
+        raise UserError(
+            f"{checkpoint}: image processor {kind}: do_pad is not supported, only resize and crop"
+        )
+    size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
+    frozen = ImageProcessing(
+        resize=_resize(checkpoint, size) if processor.do_resize else None,
+        resample=int(processor.resample),
+        crop=(crop["height"], crop["width"]) if crop else None,
+        rescale=processor.rescale_factor if processor.do_rescale else 1.0,
+        mean=_triple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
+        std=_triple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
+    )
+    image_size = frozen.crop or frozen.resize
+    if not isinstance(image_size, tuple):
+        raise UserError(
+            f"{checkpoint}: image processor {kind}: images of several sizes come out; it needs a centre crop "
+            "or an exact size"
+        )
+    tower = _load("AutoConfig", checkpoint).vision_config.image_size
+    if image_size != (tower, tower):
+        raise UserError(
+            f"{checkpoint}: image processor {kind} makes {image_size[0]} x {image_size[1]} pixels, but the "
+            f"vision tower takes {tower} x {tower}; correct the one or the other"
+        )
+    _prove_images(checkpoint, processor, frozen)
+    return frozen, image_size
+
+
+def text_processing(checkpoint: Path | str) -> TextProcessing:
+    """The checkpoint's tokenization, end-of-sequence ids and chat template.
+
+    Raises:
+        UserError: no `tokenizer.json`, one that does not tokenize as transformers does, no image token in it,
+            or a chat template that is missing or cannot be frozen into pieces of text.
+    """
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / TOKENIZER).is_file():
+        raise UserError(
+            f"{checkpoint}: no {TOKENIZER}; write one with transformers: "
+            "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
+        )
+    processor = _load("AutoProcessor", checkpoint)
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    token = getattr(processor, "image_token", None)
+    wanted = _load("AutoConfig", checkpoint).image_token_id
+    if token is None or tokenizer.encode(token, add_special_tokens=False).ids != [wanted]:
+        raise UserError(
+            f"{checkpoint}: the tokenizer does not make the one id {wanted} (config.json) of the image token "
+            f"{token!r}; correct tokenizer.json or config.json"
+        )
+    template = freeze_template(processor, source=str(checkpoint))
+    _prove_text(checkpoint, processor, template)
+    return TextProcessing(
+        tokenizer=TOKENIZER,
+        image_token=token,
+        image_token_id=wanted,
+        eos_ids=_eos_ids(checkpoint),
+        template=template,
+    )
+
+
+def freeze_template(processor: Any, *, source: str) -> PromptTemplate:
+    """Cuts the pieces out of conversations rendered around marks.
+
+    Args:
+        processor: transformers' processor.
+        source: what errors name.
+
+    Raises:
+        UserError: there is no template, or it is not made of such pieces.
+    """
+    if not processor.chat_template:
+        raise UserError(
+            f"{source}: no chat template; add chat_template.jinja, or use the checkpoint's processor"
+        )
+    if "strftime_now" in str(processor.chat_template):
+        raise UserError(f"{source}: the chat template writes today's date; a frozen one cannot, remove it")
+
+    def rendered(turns: Sequence[Turn], generate: bool = False) -> str:
+        try:
+            return _render(processor, turns, generate)
+        except Exception as error:  # noqa: BLE001 templates raise what they like
+            raise UserError(
+                f"{source}: the chat template fails on a conversation of text and images ({error})"
+            ) from None
+
+    ask = Turn(text=QUESTION)
+    answered = Turn(text=QUESTION, answer=ANSWER)
+    try:
+        begin, user_end = rendered([ask]).split(QUESTION)
+        generate = _after(rendered([ask], True), begin + QUESTION + user_end)
+        answer_start, answer_end = _after(rendered([answered]), begin + QUESTION + user_end).split(ANSWER)
+        user_start = _after(
+            rendered([answered, Turn(text=SECOND)]),
+            begin + QUESTION + user_end + answer_start + ANSWER + answer_end,
+        ).split(SECOND)[0]
+        start = begin[: -len(user_start) or None]
+        if start + user_start != begin:
+            raise ValueError
+        image = _after(rendered([Turn(text=QUESTION, images=1)]).split(QUESTION)[0], begin)
+    except ValueError:
+        raise _not_frozen(source, QUESTION) from None
+    return PromptTemplate(
+        start=start,
+        user_start=user_start,
+        image=image,
+        user_end=user_end,
+        answer_start=answer_start,
+        answer_end=answer_end,
+        generate=generate,
+    )
+
+
+def _prove_text(checkpoint: Path, processor: Any, template: PromptTemplate) -> None:
+    """Compares renderings and ids with transformers for 0 to 3 images, one to three turns."""
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    bos = processor.tokenizer.bos_token
+    for text in TEXTS:
+        for images in range(4):
+            last = Turn(text=text, images=images)
+            before = Turn(text=text, images=images, answer=text)
+            for turns in ([last], [before, Turn(text=SECOND)], [before, before, last]):
+                theirs = _render(processor, turns, True)
+                ours = render(template, turns)
+                if ours != theirs:
+                    raise _not_frozen(str(checkpoint), text)
+                special = not (bos and theirs.startswith(bos))
+                if (
+                    encode(tokenizer, ours)
+                    != processor.tokenizer(theirs, add_special_tokens=special).input_ids
+                ):
+                    raise UserError(
+                        f"{checkpoint}: {TOKENIZER} does not tokenize {ours!r} as transformers does; write "
+                        "it anew: AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
+                    )
+
+
+def _prove_images(checkpoint: Path | str, processor: Any, frozen: ImageProcessing) -> None:
+    """Compares pixels with transformers: within one of 255 levels, for what rounding may do."""
+    preprocess = make_preprocessor(frozen)
+    level = frozen.rescale / np.array(frozen.std)[:, None, None]
+    random = np.random.default_rng(0)
+    for width, height in SIZES:
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
+        theirs = np.asarray(processor(images=image)["pixel_values"][0])
+        ours = preprocess(image)
+        if ours.shape != theirs.shape or np.any(np.abs(ours - theirs) > 1.01 * level):
+            raise UserError(
+                f"{checkpoint}: image processor {type(processor).__name__} does more than resize, crop, "
+                f"rescale and normalise (see {width} x {height}); trimvlm cannot prepare its images"
+            )
+
+
+def _render(processor: Any, turns: Sequence[Turn], generate: bool) -> str:
+    """transformers' rendering: contents as lists, images first."""
+    messages = []
+    for turn in turns:
+        content = [*({"type": "image"} for _ in range(turn.images)), {"type": "text", "text": turn.text}]
+        messages.append({"role": "user", "content": content})
+        if turn.answer is not None:
+            answer = [{"type": "text", "text": turn.answer}]
+            messages.append({"role": "assistant", "content": answer})
+    return processor.apply_chat_template(messages, add_generation_prompt=generate)
+
+
+def _after(text: str, prefix: str) -> str:
+    """What follows `prefix`; ValueError where the text does not begin with it."""
+    if not text.startswith(prefix):
+        raise ValueError
+    return text[len(prefix) :]
+
+
+def _not_frozen(source: str, text: str) -> UserError:
+    return UserError(
+        f"{source}: the chat template cannot be frozen into fixed pieces around images (first) and texts "
+        f"(shown by {text!r}); simplify chat_template.jinja"
+    )
+
+
+def _resize(checkpoint: Path | str, size: Any) -> int | tuple[int, int]:
+    if size.get("shortest_edge") and not size.get("longest_edge"):
+        return size["shortest_edge"]
+    if size.get("height") and size.get("width"):
+        return size["height"], size["width"]
+    raise UserError(
+        f"{checkpoint}: image processor size {dict(size)} is not supported, only shortest_edge, or height "
+        "and width"
+    )
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = values if isinstance(values, list | tuple) else (values,) * 3
+    return float(red), float(green), float(blue)
+
+
+def _eos_ids(checkpoint: Path) -> tuple[int, ...]:
+    """End-of-sequence ids that `generate` would use: of generation_config.json, else of the text model."""
+    if (checkpoint / "generation_config.json").is_file():
+        ids = _load("GenerationConfig", checkpoint).eos_token_id
+    else:
+        ids = _load("AutoConfig", checkpoint).text_config.eos_token_id
+    if ids is None:
+        raise UserError(f"{checkpoint}: no eos_token_id in generation_config.json; answers would never end")
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _load(kind: str, checkpoint: Path | str) -> Any:
+    """`kind`.from_pretrained(checkpoint), local files only."""
+    import transformers
+
+    load: Callable[..., Any] = getattr(transformers, kind).from_pretrained
+    try:
+        return load(str(checkpoint), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{checkpoint}: transformers cannot load its {kind} ({reason})") from None

@@ -1,0 +1,113 @@
+"""ONNX Runtime on the CPU: the exported graph itself runs, nothing is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from trimvlm.backends import Port, check_feeds
+from trimvlm.errors import UserError
+
+DTYPES = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int64)": np.dtype(np.int64),
+}
+
+
+def open_backend(
+    files: Mapping[str, Path], *, threads: int | None = None, low_memory: bool = False
+) -> OnnxRuntimeCpu:
+    """Makes the backend; sessions are created by `with`.
+
+    Args:
+        files: role to ONNX file.
+        threads: threads that compute; None: one per core.
+        low_memory: keep the weights in the mapped files instead of a prepacked private copy (measured on
+            482 MB of weights: 32 MB instead of 457 MB of private memory, prefill 8 % and decode 29 % slower).
+
+    Raises:
+        UserError: ONNX Runtime is not installed, or `threads` is no positive number.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("ONNX Runtime is not installed; pip install trimvlm[ort]") from None
+    if threads is not None and threads < 1:
+        raise UserError(f"threads: {threads} is not a positive number")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    if low_memory:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return OnnxRuntimeCpu(files, options)
+
+
+class OnnxRuntimeCpu:
+    """See `Backend`. What a run keeps stays an OrtValue, so that KV caches make no detour over numpy."""
+
+    def __init__(self, files: Mapping[str, Path], options: Any) -> None:
+        self.files = files
+        self.options = options
+        self.sessions: dict[str, Any] = {}
+        self.ports: dict[str, tuple[dict[str, Port], dict[str, Port]]] = {}
+
+    def __enter__(self) -> OnnxRuntimeCpu:
+        for role, path in self.files.items():
+            session = self.sessions[role] = self._load(path)
+            self.ports[role] = (
+                {node.name: _port(node) for node in session.get_inputs()},
+                {node.name: _port(node) for node in session.get_outputs()},
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.sessions.clear()
+
+    def inputs(self, role: str) -> dict[str, Port]:
+        return self.ports[role][0]
+
+    def outputs(self, role: str) -> dict[str, Port]:
+        return self.ports[role][1]
+
+    def run(
+        self, role: str, feeds: Mapping[str, Any], fetch: Sequence[str], keep: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        from onnxruntime import OrtValue
+
+        arrays = {
+            name: np.ascontiguousarray(value)
+            for name, value in feeds.items()
+            if isinstance(value, np.ndarray)
+        }
+        check_feeds(self.inputs(role), arrays)
+        values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        names = [*fetch, *keep]
+        results = self.sessions[role].run_with_ort_values(names, {**feeds, **values})
+        return {
+            name: result.numpy() if name in fetch else result
+            for name, result in zip(names, results, strict=True)
+        }
+
+    def _load(self, path: Path) -> Any:
+        import onnxruntime
+
+        try:
+            return onnxruntime.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001 the bindings' exceptions share no other base
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load this graph ({reason}); "
+                "update onnxruntime, or export again"
+            ) from None
+
+
+def _port(node: Any) -> Port:
+    assert node.type in DTYPES, f"{node.name}: {node.type} is not a type that trimvlm's graphs use"
+    return Port(DTYPES[node.type], tuple(d if isinstance(d, int) else None for d in node.shape))

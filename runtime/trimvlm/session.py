@@ -1,0 +1,285 @@
+"""The Session: a bundle at work. `with Session.open(bundle) as session: session.generate(prompt, images)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimvlm.backends import Backend, load_backend
+from trimvlm.bundle import Bundle, Engine, Entry
+from trimvlm.decoding import generate_ids, prefill_inputs, step_inputs
+from trimvlm.detokenization import stream_text
+from trimvlm.errors import UserError
+from trimvlm.images import ImageSource, make_preprocessor
+from trimvlm.sampling import make_sampler
+from trimvlm.text import Prompt, Turn, load_tokenizer, make_prompter
+
+ORT_CPU = "ort-cpu"
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """Seconds of one `generate`, filled in as it goes; None: not run, or not apart from another step.
+
+    Attributes:
+        preprocess: text and images to arrays.
+        vision: vision graph, all images.
+        select: selection before the decoder; None where the decoder graph selects.
+        prefill: decoder over the prompt; the four together are the time to the first token.
+        decode: all runs of the decoder after prefill, and `decode_tokens` how many there were.
+    """
+
+    preprocess: float | None = None
+    vision: float | None = None
+    select: float | None = None
+    prefill: float | None = None
+    decode: float = 0.0
+    decode_tokens: int = 0
+
+    @property
+    def first_token(self) -> float:
+        """Seconds to the first token."""
+        return sum(part or 0.0 for part in (self.preprocess, self.vision, self.select, self.prefill))
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed; None before a token was decoded."""
+        return self.decode_tokens / self.decode if self.decode_tokens else None
+
+
+class Outputs(dict[str, NDArray[Any]]):
+    """All outputs of one decoder run by name, and the position of the token that comes next."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], next_position: int) -> None:
+        super().__init__(arrays)
+        self.next_position = next_position
+
+
+@dataclass
+class Decoder:
+    """The decoder graph as a function of named inputs. What is left out gets zero rows."""
+
+    backend: Backend
+    fetch: Sequence[str]
+    keep: Sequence[str] = ()
+    empty: dict[str, NDArray[Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.empty = {
+            name: np.zeros([size or 0 for size in port.shape], port.dtype)
+            for name, port in self.backend.inputs("decoder").items()
+        }
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        feeds = {
+            name: value.astype(self.empty[name].dtype, copy=False) if name == "visual" else value
+            for name, value in inputs.items()
+        }
+        return self.backend.run("decoder", {**self.empty, **feeds}, self.fetch, self.keep)
+
+
+class Session:
+    """One profile of a bundle, running on one target. Device memory is held only inside `with`.
+
+    Attributes:
+        bundle: the bundle.
+        profile: name of the profile.
+        target: name of the target.
+        timings: of the latest `generate`.
+    """
+
+    def __init__(self, bundle: Bundle, profile: str, target: str, backend: Backend) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.profile = profile
+        self.target = target
+        self.timings = Timings()
+        self._backend = backend
+        self._open = False
+        self._tokenizer = load_tokenizer(bundle.path(manifest.text.tokenizer))
+        self._prompter = make_prompter(self._tokenizer, manifest.text, manifest.model.visual_tokens)
+        self._preprocess = make_preprocessor(manifest.image)
+
+    @classmethod
+    def open(
+        cls, bundle: Bundle | Path | str, profile: str | None = None, target: str = ORT_CPU, **options: Any
+    ) -> Session:
+        """Prepares a session; `with` starts it.
+
+        Args:
+            bundle: the bundle or its directory.
+            profile: which of its profiles; None where it holds one.
+            target: what to run on. `ort-cpu` runs the graphs themselves, others need `trimvlm build` first.
+            options: of the backend, see its `open_backend`; for ONNX Runtime `threads` and `low_memory`.
+
+        Raises:
+            UserError: no bundle, profile or engine of that name, an engine of an older profile, or a backend
+                that is not installed.
+        """
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+        name, entry = bundle.entry(profile)
+        backend, graphs = _engine(bundle, name, entry, target)
+        files = {role: bundle.path(file) for role, file in graphs.items()}
+        return cls(bundle, name, target, load_backend(backend, files, options))
+
+    def __enter__(self) -> Session:
+        self._backend.__enter__()
+        self._open = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = False
+        self._backend.__exit__(kind, error, trace)
+
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        raw: bool = False,
+        history: Sequence[Turn] = (),
+    ) -> Iterator[str]:
+        """Answers a prompt. Arguments are checked and images read at once, the rest runs as it is iterated.
+
+        Args:
+            prompt: the question; the bundle's chat template is put around it.
+            images: in the order of the conversation: those of the history first, then the prompt's.
+            max_new_tokens: at most so many tokens; the model may end earlier.
+            temperature, top_p, seed: see `make_sampler`; temperature 0 is greedy.
+            raw: `prompt` is the whole text as the model sees it, one image token for each image.
+            history: earlier turns, answered.
+
+        Returns:
+            Pieces of the answer, each as soon as later tokens cannot change it.
+
+        Raises:
+            UserError: see `make_prompter`, `make_sampler` and `make_preprocessor`.
+        """
+        self._check_open()
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: {max_new_tokens} is not a positive number")
+        sampler = make_sampler(temperature, top_p, seed)
+        timings = self.timings = Timings()
+        start = perf_counter()
+        rows = self.prompt(prompt, len(images), raw=raw, history=history)
+        pixels = [self.preprocess(image) for image in images]
+        timings.preprocess = perf_counter() - start
+
+        def decoder(inputs: dict[str, Any]) -> dict[str, Any]:
+            self._check_open()
+            start = perf_counter()
+            outputs = graph(inputs)
+            seconds = perf_counter() - start
+            if timings.prefill is None:
+                timings.prefill = seconds
+            else:
+                timings.decode += seconds
+                timings.decode_tokens += 1
+            return outputs
+
+        def run() -> Iterator[str]:
+            start = perf_counter()
+            visual_ND = self.vision(pixels)
+            timings.vision = perf_counter() - start
+            ids = generate_ids(
+                decoder,
+                rows,
+                visual_ND,
+                sampler,
+                eos_ids=self.bundle.manifest.text.eos_ids,
+                max_new_tokens=max_new_tokens,
+            )
+            yield from stream_text(self._tokenizer, ids)
+
+        names = self._backend.outputs("decoder")
+        graph = Decoder(self._backend, ["logits"], [name for name in names if name.startswith("present_")])
+        return run()
+
+    def prompt(
+        self, text: str, images: int = 0, *, raw: bool = False, history: Sequence[Turn] = ()
+    ) -> Prompt:
+        """The rows of a prompt; arguments as for `generate`, images as a number.
+
+        Raises:
+            UserError: images and image tokens differ in number, an image token in a text that is not raw, or
+                a prompt that does not end in text.
+        """
+        return self._prompter(text, images, raw=raw, history=history)
+
+    def preprocess(self, image: ImageSource) -> NDArray[np.float32]:
+        """Pixels float32 [3, H, W] of an image.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return self._preprocess(image)
+
+    def vision(self, images: Sequence[ImageSource | NDArray[np.float32]]) -> NDArray[np.floating]:
+        """Visual rows [m * N, D] of images; arrays are pixels from `preprocess`."""
+        self._check_open()
+        ports, outputs = self._backend.inputs("vision"), self._backend.outputs("vision")
+        (pixel_port,) = ports.values()
+        width = self.bundle.manifest.model.hidden
+        rows = [np.zeros((0, width), outputs["visual"].dtype)]
+        for image in images:
+            pixels = image if isinstance(image, np.ndarray) else self.preprocess(image)
+            feeds = {name: pixels[None].astype(pixel_port.dtype, copy=False) for name in ports}
+            visual = self._backend.run("vision", feeds, ["visual"])["visual"]
+            rows.append(visual.reshape(-1, width))
+        return np.concatenate(rows)
+
+    def prefill(
+        self, prompt: Prompt, visual_ND: NDArray[np.floating], forced: Sequence[NDArray[np.int64]] = ()
+    ) -> Outputs:
+        """One decoder run over a prompt, with every output as an array (for parity).
+
+        Args:
+            visual_ND: visual rows, from `vision`.
+            forced: for each selection the rows of `visual_ND` to keep; empty: the graph selects.
+        """
+        return self._run(prefill_inputs(prompt, visual_ND, forced), prompt.length)
+
+    def step(self, token: int, before: Outputs) -> Outputs:
+        """One decode step with a given token after the run `before`, with every output as an array."""
+        return self._run(step_inputs(token, before.next_position, before), before.next_position + 1)
+
+    def _run(self, inputs: dict[str, Any], next_position: int) -> Outputs:
+        self._check_open()
+        decoder = Decoder(self._backend, list(self._backend.outputs("decoder")))
+        return Outputs(decoder(inputs), next_position)
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise UserError("the session is closed; use it inside `with Session.open(...) as session:`")
+
+
+def _engine(bundle: Bundle, name: str, entry: Entry, target: str) -> tuple[str, dict[str, str]]:
+    """Backend and files by role that run a profile on a target."""
+    engine: Engine | None = entry.engines.get(target)
+    if engine is None and target == ORT_CPU:
+        return "onnxruntime", {"vision": entry.vision, "decoder": entry.decoders["fused"]}
+    if engine is None:
+        built = ", ".join(sorted({ORT_CPU, *entry.engines}))
+        raise UserError(
+            f"{bundle.directory}: profile {name} has no engine for target {target!r}, only for {built}; "
+            f"make one with trimvlm build {bundle.directory} --target {target}"
+        )
+    if engine.profile_digest != bundle.profile(name).digest:
+        raise UserError(
+            f"{bundle.directory}: the engine for {target} was built from another version of profile {name}; "
+            f"build it again with trimvlm build {bundle.directory} --target {target}"
+        )
+    return engine.backend, engine.graphs
