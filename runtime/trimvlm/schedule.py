@@ -115,21 +115,8 @@ def resolve(decisions: Decisions, model: ModelSpec) -> Schedule:
     """
     last = model.layers
     exit_ = last if decisions.exit is None else decisions.exit
-    if not 0 <= decisions.inject < last:
-        raise UserError(f"inject: layer {decisions.inject} is not within 0..{last - 1}")
-    if not decisions.inject < exit_ <= last:
-        raise UserError(f"exit: layer {exit_} is not within {decisions.inject + 1}..{last}")
-    if decisions.positions == "compact" and decisions.inject:
-        raise UserError("positions: late injection needs persistent position ids")
     exceptions = _per_layer(decisions.layers, last)
-    if decisions.positions == "compact":
-        for layer, fields in exceptions.items():
-            if fields.get("cache") == "none":
-                raise UserError(f"layer {layer}: cache: compact position ids need the live rows in the cache")
-    if decisions.mask == "post_softmax" and not any(
-        "none" in (fields.get("text_keys"), fields.get("visual_keys")) for fields in exceptions.values()
-    ):
-        raise UserError("mask: post_softmax has no effect where no layer hides visual keys")
+    _check_whole(decisions, last, exit_, exceptions)
     selects = _selections(decisions.select, decisions.inject, exit_)
     rows: list[Row] = []
     live = 0
@@ -159,6 +146,24 @@ def resolve(decisions: Decisions, model: ModelSpec) -> Schedule:
         positions=decisions.positions,
         mask=decisions.mask,
     )
+
+
+def _check_whole(decisions: Decisions, last: int, exit_: int, said: dict[int, dict[str, Any]]) -> None:
+    """What holds for all layers together; `said` is the union of the rules per layer."""
+    if not 0 <= decisions.inject < last:
+        raise UserError(f"inject: layer {decisions.inject} is not within 0..{last - 1}")
+    if not decisions.inject < exit_ <= last:
+        raise UserError(f"exit: layer {exit_} is not within {decisions.inject + 1}..{last}")
+    if decisions.positions == "compact":
+        if decisions.inject:
+            raise UserError("positions: late injection needs persistent position ids")
+        for layer, fields in said.items():
+            if fields.get("cache") == "none":
+                raise UserError(f"layer {layer}: cache: compact position ids need the live rows in the cache")
+    if decisions.mask == "post_softmax" and not any(
+        "none" in (fields.get("text_keys"), fields.get("visual_keys")) for fields in said.values()
+    ):
+        raise UserError("mask: post_softmax has no effect where no layer hides visual keys")
 
 
 def _per_layer(rules: tuple[LayerRule, ...], last: int) -> dict[int, dict[str, Any]]:
