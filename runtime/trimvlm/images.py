@@ -40,7 +40,7 @@ def make_preprocessor(processing: ImageProcessing) -> Callable[[ImageSource], ND
     table_C256 = (levels_256 - mean_C1) / std_C1
 
     def preprocess(image: ImageSource) -> NDArray[np.float32]:
-        rgb = flatten(image) if isinstance(image, Image.Image) else read_rgb(image)
+        rgb = flatten(image if isinstance(image, Image.Image) else read_rgb(image))
         if processing.resize is not None:
             height, width = resized(rgb.height, rgb.width, processing.resize)
             if height * width > MOST_PIXELS:
@@ -60,8 +60,9 @@ def make_preprocessor(processing: ImageProcessing) -> Callable[[ImageSource], ND
 def read_rgb(source: Path | str | bytes) -> Image.Image:
     """Opens a file as transformers' `load_image` does: turned upright by its EXIF tag, then RGB.
 
-    An alpha channel is dropped, 16-bit and CMYK images are converted as Pillow does; of an animation the
-    first frame is taken.
+    An alpha channel is dropped (a transparent palette entry is not: it stays with the image as the RGB value
+    that `flatten` takes for transparent), 16-bit and CMYK images are converted as Pillow does; of an
+    animation the first frame is taken.
 
     Raises:
         UserError: no such file, or not an image that Pillow can read; names the file.

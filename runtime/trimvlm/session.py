@@ -235,7 +235,7 @@ class Session:
         width = self.bundle.manifest.model.hidden
         rows = [np.zeros((0, width), outputs["visual"].dtype)]
         for image in images:
-            pixels = image if isinstance(image, np.ndarray) else self.preprocess(image)
+            pixels = self._pixels(image)
             feeds = {name: pixels[None].astype(pixel_port.dtype, copy=False) for name in ports}
             visual = self._backend.run("vision", feeds, ["visual"])["visual"]
             rows.append(visual.reshape(-1, width))
@@ -255,6 +255,17 @@ class Session:
     def step(self, token: int, before: Outputs) -> Outputs:
         """One decode step with a given token after the run `before`, with every output as an array."""
         return self._run(step_inputs(token, before.next_position, before), before.next_position + 1)
+
+    def _pixels(self, image: ImageSource | NDArray[np.float32]) -> NDArray[np.float32]:
+        if not isinstance(image, np.ndarray):
+            return self.preprocess(image)
+        shape = (3, *self.bundle.manifest.image_size)
+        if image.shape != shape or image.dtype != np.float32:
+            raise UserError(
+                f"an array of {image.dtype} {image.shape} is no image; give pixels from preprocess (float32 "
+                f"{shape}), or PIL.Image.fromarray(frame) of a camera's frame"
+            )
+        return image
 
     def _run(self, inputs: dict[str, Any], next_position: int) -> Outputs:
         self._check_open()

@@ -57,8 +57,13 @@ class OnnxRuntimeCpu:
         self.ports: dict[str, tuple[dict[str, Port], dict[str, Port]]] = {}
 
     def __enter__(self) -> OnnxRuntimeCpu:
-        for role, path in self.files.items():
-            session = self.sessions[role] = self._load(path)
+        try:
+            for role, path in self.files.items():
+                self.sessions[role] = self._load(path)
+        except BaseException:
+            self.sessions.clear()
+            raise
+        for role, session in self.sessions.items():
             self.ports[role] = (
                 {node.name: _port(node) for node in session.get_inputs()},
                 {node.name: _port(node) for node in session.get_outputs()},
