@@ -1,0 +1,55 @@
+"""Write a checkpoint as a bundle: ONNX graphs for each profile beside one copy of the weights. A bundle of
+the same checkpoint that is already there gets the profiles added. Without --profile: the dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trimvlm.errors import UserError
+from trimvlm_tools import console
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `trimvlm export`."""
+    parser.add_argument("model", type=Path, help="directory of a Hugging Face checkpoint")
+    parser.add_argument(
+        "--profile", type=Path, action="append", default=[], metavar="FILE", help="profile (YAML); repeatable"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="directory to write")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    parser.add_argument("--json", action="store_true", help="machine-readable report on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports one profile after the other; all of them are checked before the first is written."""
+    from trimvlm.profile import Method, Profile
+    from trimvlm.schedule import Schedule
+    from trimvlm_calib import files
+    from trimvlm_export.checkpoint import model_spec
+
+    spec = model_spec(args.model)
+    dense = Profile(name="dense", method=Method(name="dense"), model=spec)
+    profiles = [files.load_profile(path) for path in args.profile] or [dense]
+    for number, profile in enumerate(profiles):
+        Schedule.resolve(profile, spec)
+        if profile.name in {other.name for other in profiles[:number]}:
+            raise UserError(f"--profile: two profiles are named {profile.name}; rename one")
+
+    from trimvlm.bundle import Bundle
+    from trimvlm_export.export import export
+
+    with console.progress("export", len(profiles)) as step:
+        for profile in profiles:
+            export(args.model, profile, args.out, dtype=args.dtype)
+            step(profile.name)
+    manifest = Bundle(args.out).manifest
+    size = sum(file.bytes for file in manifest.files.values())
+    names = [profile.name for profile in profiles]
+    if args.json:
+        console.emit({"bundle": str(args.out), "bytes": size, "written": names, "dtype": args.dtype})
+    else:
+        print(f"{args.out}: wrote {', '.join(names)} in {args.dtype}")
+        print(f"{args.out}: {len(manifest.profiles)} profiles, {size:,} bytes")
+    return 0
