@@ -43,6 +43,7 @@ EXTRAS = {
     "onnxruntime": "ort",
     "tensorrt_rtx": "rtx",
     "tensorrt": "tensorrt",
+    "filelock": "ort",
     "yaml": "tools",
     "polygraphy": "tools",
     "rich": "tools",
