@@ -36,7 +36,7 @@ def image_processing(checkpoint: Path | str) -> tuple[ImageProcessing, tuple[int
         UserError: no image processor in the checkpoint, a step that trimvlm does not know (padding, tiles),
             or a size that the vision tower does not take.
     """
-    processor = _load("AutoImageProcessor", checkpoint)
+    processor = _load("AutoImageProcessor", checkpoint, backend="pil")
     kind = type(processor).__name__
     if getattr(processor, "do_pad", None):
         raise UserError(
@@ -90,6 +90,11 @@ def text_processing(checkpoint: Path | str) -> TextProcessing:
             f"{token!r}; correct tokenizer.json or config.json"
         )
     template = freeze_template(processor, source=str(checkpoint))
+    if template.image.count(token) != 1 or token in template.start + template.user_start + template.generate:
+        raise UserError(
+            f"{checkpoint}: the chat template must write {token} once for each image and nowhere else; it "
+            f"writes {template.image!r} for one; correct chat_template.jinja"
+        )
     _prove_text(checkpoint, processor, template)
     return TextProcessing(
         tokenizer=TOKENIZER,
@@ -139,6 +144,8 @@ def freeze_template(processor: Any, *, source: str) -> PromptTemplate:
         if start + user_start != begin:
             raise ValueError
         image = _after(rendered([Turn(text=QUESTION, images=1)]).split(QUESTION)[0], begin)
+    except UserError:
+        raise
     except ValueError:
         raise _not_frozen(source, QUESTION) from None
     return PromptTemplate(
@@ -245,13 +252,13 @@ def _eos_ids(checkpoint: Path) -> tuple[int, ...]:
     return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
-def _load(kind: str, checkpoint: Path | str) -> Any:
+def _load(kind: str, checkpoint: Path | str, **options: Any) -> Any:
     """`kind`.from_pretrained(checkpoint), local files only."""
     import transformers
 
     load: Callable[..., Any] = getattr(transformers, kind).from_pretrained
     try:
-        return load(str(checkpoint), local_files_only=True)
+        return load(str(checkpoint), local_files_only=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{checkpoint}: transformers cannot load its {kind} ({reason})") from None

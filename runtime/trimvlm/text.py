@@ -151,7 +151,7 @@ def _conversation(text: str, images: int, history: Sequence[Turn], token: str) -
         if token in turn.text or token in (turn.answer or ""):
             raise UserError(
                 f"the text holds the image token {token} itself; leave it out, the chat template places the "
-                "images, or pass raw=True (--raw) with a prompt that is written out in full"
+                "images, or pass raw=True with a prompt that is written out in full"
             )
         if turn.answer is None and number < len(history):
             raise UserError(f"history: turn {number} has no answer")

@@ -193,9 +193,7 @@ def test_opening(bundle: Path, tmp_path: Path):
         Session.open(tmp_path)
     with pytest.raises(UserError, match="no profile 'v-skip'; it holds toy"):
         Session.open(bundle, "v-skip")
-    with pytest.raises(
-        UserError, match=r"no engine for target 'rtx-4090', .* trimvlm build"
-    ):
+    with pytest.raises(UserError, match=r"no engine for target 'rtx-4090', .* trimvlm build"):
         Session.open(bundle, target="rtx-4090")
     with pytest.raises(UserError, match="threads: 0"):
         Session.open(bundle, threads=0)
