@@ -1,0 +1,71 @@
+"""What a method decides, and how the outcomes of two methods become one (`fastv+v-skip`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from trimvlm.errors import UserError
+from trimvlm.profile import Decisions, Value
+
+Curve = tuple[float | None, ...]
+T = TypeVar("T")
+
+
+class Outcome(Value, frozen=True, kw_only=True):
+    """Result of one calibration.
+
+    Attributes:
+        decisions: the static decisions.
+        curves: what was measured, one value per layer.
+        needs_adapted_weights: the method was published with fine-tuned weights only.
+    """
+
+    decisions: Decisions
+    curves: dict[str, Curve] = {}
+    needs_adapted_weights: bool = False
+
+
+def round_figure(value: float) -> float:
+    """Six significant digits: what is written to a Profile is what decisions are made from."""
+    return float(f"{value:.6g}")
+
+
+def merge(outcomes: Mapping[str, Outcome]) -> Outcome:
+    """Field-wise union of outcomes, keyed by method name.
+
+    Whether the union can be is the Schedule's question; here only one value per field is asked for.
+
+    Raises:
+        UserError: two methods decide the same field differently.
+    """
+    decisions = {name: outcome.decisions for name, outcome in outcomes.items()}
+    curves: dict[str, Curve] = {}
+    for name, outcome in outcomes.items():
+        for curve, values in outcome.curves.items():
+            known = curves.setdefault(curve, values)
+            if known != values:
+                curves[f"{curve} ({name})"] = values
+    return Outcome(
+        decisions=Decisions(
+            inject=_one("inject", decisions, 0),
+            exit=_one("exit", decisions, None),
+            select=tuple(select for each in decisions.values() for select in each.select),
+            layers=tuple(rule for each in decisions.values() for rule in each.layers),
+            positions=_one("positions", decisions, "persistent"),
+            mask=_one("mask", decisions, "additive"),
+        ),
+        curves=curves,
+        needs_adapted_weights=any(outcome.needs_adapted_weights for outcome in outcomes.values()),
+    )
+
+
+def _one(field: str, decisions: Mapping[str, Decisions], default: T) -> T:
+    """The value of `field` that some method decides, or the default."""
+    said: dict[str, Any] = {
+        name: getattr(each, field) for name, each in decisions.items() if getattr(each, field) != default
+    }
+    if len(set(said.values())) > 1:
+        both = " and ".join(f"{value} ({name})" for name, value in said.items())
+        raise UserError(f"{field}: the methods disagree: {both}; combine other methods")
+    return next(iter(said.values()), default)
