@@ -1,0 +1,75 @@
+"""The demo's pictures, as matplotlib figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from trimvlm_tools.demo.pipeline import DemoResult, MethodResult
+
+FADE = 0.85  # how far a dropped patch fades to white
+
+
+def survivor_figure(results: Sequence[MethodResult], image: Image.Image) -> Figure:
+    """One row per method: the image with the patches that are alive in each run of layers."""
+    columns = max(len(result.stages) for result in results)
+    figure = Figure(figsize=(1.75 * columns + 1.2, 1.85 * len(results)), layout="constrained")
+    axes = figure.subplots(len(results), columns, squeeze=False)
+    for line, result in zip(axes, results, strict=True):
+        for axis, stage in zip(line, [*result.stages, *[None] * (columns - len(result.stages))], strict=True):
+            axis.set_axis_off()
+            if stage is not None:
+                where, rows = stage
+                axis.imshow(faded(image, rows, result.profile.model.visual_tokens))
+                axis.set_title(f"{where}\n{len(rows)} tokens", fontsize=7)
+        line[0].text(
+            -0.12, 0.5, result.profile.name, transform=line[0].transAxes, rotation=90, va="center", fontsize=9
+        )
+    return figure
+
+
+def faded(image: Image.Image, rows: Sequence[int], visual_tokens: int) -> np.ndarray:
+    """The image, float [H, W, 3] of 0..1, with the patches that are not in `rows` faded to white."""
+    side = round(visual_tokens**0.5)
+    alive = np.zeros(side * side)
+    alive[list(rows)] = 1
+    pixels = np.asarray(image.convert("RGB").resize((side * 16, side * 16)), dtype=np.float64) / 255
+    weight = np.kron(alive.reshape(side, side), np.ones((16, 16)))[:, :, None]
+    return pixels * weight + (pixels * (1 - FADE) + FADE) * (1 - weight)
+
+
+def accuracy_figure(result: DemoResult) -> Figure:
+    """Exact match against FLOPs, one point per method."""
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for method in result.methods:
+        x, y = 100 * method.flops_ratio, 100 * method.measured.exact_match
+        axis.plot(x, y, "o", color="tab:blue" if method.profile.name == "dense" else "tab:orange")
+        axis.annotate(method.profile.name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.set_xlabel("prefill FLOPs, % of dense (MAC2)")
+    axis.set_ylabel("exact match, %")
+    axis.set_xlim(0, 112)
+    axis.set_ylim(0, 105)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def curve_figure(result: MethodResult) -> Figure | None:
+    """The calibration curves of one method, or None if it measured none."""
+    curves = result.profile.calibration.curves if result.profile.calibration else {}
+    if not curves:
+        return None
+    figure = Figure(figsize=(3.3 * len(curves), 2.3), layout="constrained")
+    axes: Any = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axis, (name, values) in zip(axes, curves.items(), strict=True):
+        layers = [layer for layer, value in enumerate(values) if value is not None]
+        axis.plot(layers, [values[layer] for layer in layers], ".-")
+        axis.set_title(name, fontsize=8)
+        axis.set_xlabel("layer", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    return figure

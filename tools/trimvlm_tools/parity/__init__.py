@@ -1,0 +1,1 @@
+"""Parity: does the engine still compute what PyTorch did? Rung by rung, as a gate (`trimvlm check`)."""

@@ -1,0 +1,191 @@
+"""The parity ladder for one profile of a bundle: dense HF -> reference -> graph -> engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from trimvlm.bundle import Bundle
+from trimvlm.parity import Metric, ParityReport, Rung
+from trimvlm.profile import Decisions
+from trimvlm.schedule import Schedule, resolve
+from trimvlm.session import Session
+from trimvlm_calib.samples import Sample, model_inputs
+from trimvlm_tools.parity.compare import LIMITS, Answer, Worst, kl, max_abs
+
+
+def check(
+    bundle: Bundle,
+    profile: str | None,
+    questions: Sequence[Sample],
+    *,
+    data: str,
+    max_new_tokens: int = 16,
+    advance: Callable[[str], None] = lambda step: None,
+) -> ParityReport:
+    """Climbs the ladder.
+
+    Args:
+        bundle: with the checkpoint inside, as export writes it.
+        profile: which profile; None where there is one.
+        questions: asked on every rung.
+        data: their name, for the report.
+        max_new_tokens: length of the greedy answers, and of what is teacher-forced.
+        advance: called after each question.
+
+    Returns:
+        The report; its `verdict` is the gate.
+    """
+    name, entry = bundle.entry(profile)
+    manifest = bundle.manifest
+    schedule = Schedule.resolve(bundle.profile(name), manifest.model)
+    dense = resolve(Decisions(), manifest.model)
+    hf = HuggingFace(bundle)
+    limits = LIMITS[manifest.dtype]
+    plain, free, forced = (Worst(LIMITS["float32"]), Worst(limits), Worst(limits))
+    effect_kl, effect_tokens, pixels = [], 0, 0.0
+    with Session.open(bundle, name) as session:
+        for question in questions:
+            inputs = hf.inputs(question)
+            untouched = hf.generate(inputs, max_new_tokens)
+            dense_answer = hf.reference(inputs, dense, max_new_tokens)
+            plain.add(replace(dense_answer, kv=[]), untouched)
+            wanted = hf.reference(inputs, schedule, max_new_tokens) if schedule != dense else dense_answer
+            effect_kl.append(kl(dense_answer.logits[:1], wanted.logits[:1]))
+            effect_tokens += wanted.tokens != dense_answer.tokens
+            image = session.preprocess(question.image)
+            std = np.array(manifest.image.std, np.float32)[:, None, None]
+            pixels = max(pixels, max_abs(image * std, inputs["pixel_values"][0].numpy() * std))
+            free.add(graph_answer(session, question, image, wanted), wanted)
+            if schedule.stages:
+                forced.add(graph_answer(session, question, image, wanted, forced=wanted.selected), wanted)
+            advance("")
+    effect = (
+        Metric(name="pruning: mean KL of the first token (nats)", value=float(np.mean(effect_kl))),
+        Metric(name="pruning: share of answers changed", value=effect_tokens / len(questions)),
+    )
+    pixel_metric = Metric(name="pixels max abs (of 0..1)", value=pixels, limit=1 / 255)
+    rungs = [
+        Rung(name="dense HF -> reference, nothing pruned", metrics=plain.metrics()),
+        Rung(name="reference -> graph, free running", metrics=(pixel_metric, *free.metrics())),
+        Rung(name="reference -> graph, forced indices", metrics=forced.metrics())
+        if schedule.stages
+        else Rung(name="reference -> graph, forced indices", skipped="this profile selects nothing"),
+        Rung(name="effect of pruning: dense -> reference", metrics=effect),
+        *(
+            Rung(name=f"graph -> engine {target}", skipped="no device of that kind here")
+            for target, engine in sorted(entry.engines.items())
+            if engine.backend != "onnxruntime"
+        ),
+    ]
+    if not any(rung.name.startswith("graph -> engine") for rung in rungs):
+        rungs.append(Rung(name="graph -> engine", skipped="no engine was built"))
+    return ParityReport(
+        profile=name,
+        dtype=manifest.dtype,
+        samples=len(questions),
+        data=data,
+        versions={package: version(package) for package in ("torch", "transformers", "onnxruntime", "numpy")},
+        rungs=tuple(rungs),
+    )
+
+
+class HuggingFace:
+    """The checkpoint inside a bundle, loaded in float32 by transformers."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+        directory = bundle.path(bundle.manifest.weights[0]).parent
+        self.processor: Any = AutoProcessor.from_pretrained(directory, local_files_only=True)
+        self.model: Any = LlavaForConditionalGeneration.from_pretrained(
+            directory, dtype="float32", local_files_only=True
+        ).eval()
+
+    def inputs(self, question: Sample) -> dict[str, Any]:
+        """What the processor makes of a question."""
+        return model_inputs(question, self.processor)
+
+    def generate(self, inputs: dict[str, Any], max_new_tokens: int) -> Answer:
+        """Plain greedy `generate` of the untouched model."""
+        import torch
+
+        with torch.no_grad():
+            out = self.model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            features = self.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        logits = np.stack([step[0].float().numpy() for step in out.logits])
+        return Answer(
+            visual=torch.cat(list(features)).numpy(),
+            selected=[],
+            scores=[],
+            logits=logits,
+            kv=[],
+            tokens=tokens,
+        )
+
+    def reference(self, inputs: dict[str, Any], schedule: Schedule, max_new_tokens: int) -> Answer:
+        """The same model under a Schedule; teacher-forced on its own greedy answer."""
+        from trimvlm_export.reference import Reference
+
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        with Reference(self.model, schedule) as reference:
+            visual = reference.features(inputs)
+            run = reference.prefill(inputs, features=visual)
+            logits, tokens = [run.logits], [int(run.logits.argmax())]
+            while tokens[-1] not in ends and len(tokens) < max_new_tokens:
+                logits.append(reference.step(tokens[-1]))
+                tokens.append(int(logits[-1].argmax()))
+        return Answer(
+            visual=visual.numpy(),
+            selected=run.selected,
+            scores=run.scores,
+            logits=np.stack(logits),
+            kv=[pair for pair in run.kv if pair is not None],
+            tokens=tokens,
+        )
+
+
+def graph_answer(
+    session: Session,
+    question: Sample,
+    image: np.ndarray,
+    wanted: Answer,
+    *,
+    forced: Sequence[np.ndarray] = (),
+) -> Answer:
+    """The exported graphs on a question: logits teacher-forced on `wanted.tokens`, tokens of its own."""
+    rows = session.prompt(question.question, 1)
+    visual = session.vision([image])
+    first = outputs = session.prefill(rows, visual, forced)
+    logits = [first["logits"][0]]
+    for token in wanted.tokens[:-1]:
+        outputs = session.step(token, outputs)
+        logits.append(outputs["logits"][0])
+    # Greedy decoding follows the teacher for as long as it agrees with it; from there it goes its own way.
+    tokens: list[int] = []
+    for row in logits:
+        tokens.append(int(row.argmax()))
+        if tokens != wanted.tokens[: len(tokens)]:
+            break
+    layers = sorted(int(name.split(".")[1]) for name in first if name.startswith("present_key."))
+    stages = range(sum(name.startswith("selected.") for name in first))
+    return Answer(
+        visual=visual,
+        selected=[first[f"selected.{stage}"] for stage in stages],
+        scores=[first[f"scores.{stage}"] for stage in stages],
+        logits=np.stack(logits),
+        kv=[(first[f"present_key.{layer}"], first[f"present_value.{layer}"]) for layer in layers],
+        tokens=tokens,
+    )

@@ -1,0 +1,45 @@
+"""Measures a bundle against the PyTorch reference, rung by rung; exits with 1 when a gate fails.
+
+dense HF -> reference (the Hugging Face model, masked) -> exported graph on ONNX Runtime -> engine
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trimvlm_tools import console
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `trimvlm check`."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--profile", action="append", metavar="NAME", help="which (default: every profile)")
+    parser.add_argument(
+        "--data", default="demo", metavar="DIR", help="folder with questions.jsonl, or demo (held-out scenes)"
+    )
+    parser.add_argument("--samples", type=int, default=20, metavar="N", help="questions (default 20)")
+    parser.add_argument("--json", action="store_true", help="the reports as JSON on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a report per profile; 1 if any verdict is not PASS."""
+    from trimvlm.bundle import Bundle
+    from trimvlm_calib.samples import draw, load_samples
+    from trimvlm_tools.demo_data import demo_samples
+    from trimvlm_tools.parity.check import check
+    from trimvlm_tools.parity.text import as_text
+
+    bundle = Bundle(args.bundle)
+    names = [bundle.entry(name)[0] for name in args.profile or sorted(bundle.manifest.profiles)]
+    with demo_samples(args.data, "test", args.samples) as folder:
+        questions = draw(load_samples(folder), args.samples, seed=0)
+        reports = []
+        for name in names:
+            with console.progress(f"check {name}", total=len(questions)) as advance:
+                reports.append(check(bundle, name, questions, data=args.data, advance=advance))
+    if args.json:
+        console.emit(reports)
+    else:
+        print("\n\n".join(as_text(report) for report in reports))
+    return 0 if all(report.verdict == "PASS" for report in reports) else 1
