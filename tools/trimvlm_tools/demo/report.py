@@ -31,7 +31,8 @@ HEADER = (
 )
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222 }
+body { max-width: 1080px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; font-size: 13px } td, th { padding: 3px 9px; text-align: right }
 th { border-bottom: 2px solid #888 } td:first-child, th:first-child { text-align: left }
 tr:nth-child(even) { background: #f4f4f4 } img { max-width: 100% } pre { font-size: 11px; overflow-x: auto }
@@ -42,14 +43,8 @@ def rows(result: DemoResult) -> list[list[str | float | None]]:
     """One line per method, under `HEADER`; times in milliseconds."""
     lines: list[list[str | float | None]] = []
     for method in result.methods:
-        measured = method.measured
-        times = (
-            measured.first_token,
-            measured.preprocess,
-            measured.vision,
-            measured.select,
-            measured.prefill,
-        )
+        m = method.measured
+        times = (m.first_token, m.preprocess, m.vision, m.select, m.prefill)
         lines.append(
             [
                 method.profile.name,
@@ -57,8 +52,8 @@ def rows(result: DemoResult) -> list[list[str | float | None]]:
                 round(100 * method.flops_ratio, 1),
                 round(method.kv_bytes / 1e6, 2),
                 *(None if seconds is None else round(1e3 * seconds, 2) for seconds in times),
-                None if measured.tokens_per_second is None else round(measured.tokens_per_second),
-                round(100 * measured.exact_match, 1),
+                None if m.tokens_per_second is None else round(m.tokens_per_second),
+                round(100 * m.exact_match, 1),
                 method.parity.verdict,
             ]
         )
