@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("inv_freq", inv_freq.float(), persistent=False)
 
-    def forward(
+    def forward(  # noqa: PLR0917 - the order of the graph's inputs
         self,
         input_ids: Tensor,
         visual: Tensor,
@@ -200,7 +200,9 @@ class Decoder(nn.Module):
                 continue
             following = self.schedule.rows[row.layer + 1] if row.layer + 1 < len(self.schedule.rows) else None
             wanted = bool(following and following.select and following.select.by.attention == "previous")
-            stream, key, value, last_scores = self._layer(row, stream, past, normed, keys, wanted)
+            stream, key, value, last_scores = self._layer(
+                row, stream, past, normed=normed, keys=keys, score=wanted
+            )
             present_key.append(key)
             present_value.append(value)
         logits = self.lm_head(self.norm(stream.hidden[-1:]))
@@ -211,6 +213,7 @@ class Decoder(nn.Module):
         row: Row,
         stream: Stream,
         past: tuple[Tensor, Tensor],
+        *,
         normed: Tensor | None,
         keys: Tensor | None,
         score: bool,
@@ -228,7 +231,7 @@ class Decoder(nn.Module):
         )
         all_keys, all_values = torch.cat((past[0], keys), dim=2), torch.cat((past[1], values), dim=2)
         visible = self._visible(row, stream, past[0])
-        out = self._attend(row, queries, all_keys, all_values, visible, stream, past[0].shape[2])
+        out = self._attend(row, stream, visible, q=queries, k=all_keys, v=all_values)
         out = out.transpose(1, 2).reshape(out.shape[2], self.heads * self.head_dim)
         stream_after = stream.add(layer.self_attn.o_proj(out), text_only=text_query)
         scores = None
@@ -246,13 +249,14 @@ class Decoder(nn.Module):
         return stream_after, key, value, scores
 
     def _attend(
-        self, row: Row, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, stream: Stream, past: int
+        self, row: Row, stream: Stream, visible: Tensor, *, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         hides = row.live > 0 and "none" in (row.text_keys, row.visual_keys)
         if self.schedule.mask == "additive" or not hides:
             return self.ops.attention(q, k, v, visible, self.scale)
         # VisiPruner: hidden keys take part in the softmax, then lose their weight (methods 2.4).
-        causal = _after_past(stream.causal[stream.hidden.shape[0] - q.shape[2] :], past)
+        rows = stream.hidden.shape[0]
+        causal = _after_past(stream.causal[rows - q.shape[2] :], k.shape[2] - rows)
         weights = attention_weights(q, k, causal, self.scale) * visible
         heads = q.shape[1] // v.shape[1]
         return weights.to(v.dtype) @ (v if heads == 1 else v.repeat_interleave(heads, dim=1))
@@ -263,7 +267,9 @@ class Decoder(nn.Module):
         x = layer.input_layernorm(stream.hidden)
         cos, sin = self._rope(stream, past_key)
         keys = self.ops.rope(self._heads(layer.self_attn.k_proj(x), self.kv_heads), cos, sin)
-        query = self.ops.rope(self._heads(layer.self_attn.q_proj(x[-1:]), self.heads), cos[-1:], sin[-1:])
+        # A gathered row has the static length 1; TensorRT-RTX refuses a slice of unknown length here.
+        cos, sin = cos[-1].unsqueeze(0), sin[-1].unsqueeze(0)
+        query = self.ops.rope(self._heads(layer.self_attn.q_proj(x[-1:]), self.heads), cos, sin)
         all_keys = torch.cat((past_key, keys), dim=2)
         return x, keys, self._last_row_scores(query, all_keys, past_key.shape[2], stream.visual)
 

@@ -5,7 +5,6 @@ A family module gives:
     canonical(name) -> str              checkpoint tensor name to transformers parameter name, old names too
     model_spec(config, fingerprint)     `trimvlm.profile.ModelSpec`
     Vision(config, taps)                torch module: pixel_values [I, 3, H, W] -> visual [I * N, D], taps...
-    vision_outputs(taps) -> list[str]   names of the Vision module's outputs
     unused(config, name) -> str | None  why a checkpoint tensor is not needed
     DECODER_PREFIX, LM_HEAD             where the decoder's parameters live
 """

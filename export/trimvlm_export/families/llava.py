@@ -65,15 +65,6 @@ def unused(config: Any, name: str) -> str | None:
     )
 
 
-def vision_outputs(taps: VisionTaps) -> list[str]:
-    """Output names of the vision graph."""
-    return [
-        "visual",
-        *(f"cls_attention.{layer}" for layer in taps.cls_attention),
-        *(f"features.{index}" for index in taps.features),
-    ]
-
-
 class Vision(nn.Module):
     """Vision tower up to the last layer that anything needs, and the projector: transformers' own modules.
 
@@ -118,7 +109,7 @@ class Vision(nn.Module):
         return {name: f"{rename[name.split('.')[0]]}.{name.split('.', 1)[1]}" for name in names}
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """pixel_values [I, 3, H, W] -> visual [I * N, D], CLS attention [I, N] each, features [I, S, E] each."""
+        """pixel_values [I, 3, H, W] -> visual [I * N, D], then the taps: [I, N] each, then [I, S, E] each."""
         hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixel_values))
         states, attentions = [hidden], {}
         for number, layer in enumerate(self.tower.encoder.layers):

@@ -1,0 +1,94 @@
+"""A checkpoint whose files lie in a bundle, ready to be exported from."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from trimvlm.bundle import Dtype
+from trimvlm_export import families
+from trimvlm_export.checkpoint import Tensor, TensorMap, load_config, read_header, weight_files
+from trimvlm_export.weights import mapped, place
+
+CHECKPOINT = "checkpoint"  # the checkpoint itself, inside the bundle: weights, tokenizer, configuration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What the graphs are made from.
+
+    Attributes:
+        out: the bundle's directory.
+        dtype: precision of the weights there.
+        config: transformers' configuration of the whole model.
+        family: its module of `trimvlm_export.families`.
+        tensors: the weights in the bundle, by transformers' parameter names.
+        files: what was placed, relative to `out`.
+    """
+
+    out: Path
+    dtype: Dtype
+    config: Any
+    family: ModuleType
+    tensors: TensorMap
+    files: tuple[str, ...]
+
+    @classmethod
+    def place(cls, checkpoint: Path, out: Path, dtype: Dtype) -> Source:
+        """Puts the weights (linked, or converted) and the small files of a checkpoint into a bundle.
+
+        `out/checkpoint` is then itself a directory that transformers loads.
+        """
+        config = load_config(checkpoint)
+        family = families.of(config.model_type)
+        directory = out / CHECKPOINT
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = [place(file, directory, dtype) for file in weight_files(checkpoint)]
+        small = [f for f in sorted(checkpoint.iterdir()) if f.suffix in {".json", ".jinja"} and f.is_file()]
+        for file in small:
+            shutil.copyfile(file, directory / file.name)
+        return cls(
+            out=out,
+            dtype=dtype,
+            config=config,
+            family=family,
+            tensors=TensorMap((t for file in weights for t in read_header(file)), family.canonical),
+            files=tuple(f"{CHECKPOINT}/{file.name}" for file in [*weights, *small]),
+        )
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """The safetensors among `files`."""
+        return tuple(name for name in self.files if name.endswith(".safetensors"))
+
+    def load(self, module: nn.Module, names: dict[str, str]) -> dict[str, Tensor]:
+        """Gives `module` its parameters as views of the weight files. Nothing is copied.
+
+        Args:
+            names: the module's parameter names to transformers' names.
+
+        Returns:
+            The module's parameter names to where their bytes are.
+
+        Raises:
+            UserError: a tensor is missing or has another shape.
+        """
+        parameters = dict(module.named_parameters())
+        found = {
+            name: self.tensors.take(whole, tuple(parameters[name].shape)) for name, whole in names.items()
+        }
+        module.load_state_dict({k: mapped(t) for k, t in found.items()}, strict=False, assign=True)
+        return found
+
+    def ignored(self) -> dict[str, str]:
+        """Checkpoint tensors that no graph uses, with the reason.
+
+        Raises:
+            UserError: a tensor that should have been used.
+        """
+        return self.tensors.rest(lambda name: self.family.unused(self.config, name))
