@@ -16,6 +16,7 @@ from trimvlm.schedule import Schedule, resolve
 from trimvlm.session import Session
 from trimvlm_calib.samples import Sample, model_inputs
 from trimvlm_tools.parity.compare import LIMITS, Answer, Worst, kl, max_abs
+from trimvlm_tools.parity.goldens import write_goldens
 
 
 def check(
@@ -26,6 +27,7 @@ def check(
     data: str,
     max_new_tokens: int = 16,
     advance: Callable[[str], None] = lambda step: None,
+    goldens: int = 0,
 ) -> ParityReport:
     """Climbs the ladder.
 
@@ -36,6 +38,7 @@ def check(
         data: their name, for the report.
         max_new_tokens: length of the greedy answers, and of what is teacher-forced.
         advance: called after each question.
+        goldens: so many of the questions are kept in the bundle as goldens, if the verdict is PASS.
 
     Returns:
         The report; its `verdict` is the gate.
@@ -48,6 +51,7 @@ def check(
     limits = LIMITS[manifest.dtype]
     plain, free, forced = (Worst(LIMITS["float32"]), Worst(limits), Worst(limits))
     effect_kl, effect_tokens, pixels = [], 0, 0.0
+    kept: list[tuple[Sample, Answer]] = []
     with Session.open(bundle, name) as session:
         for question in questions:
             inputs = hf.inputs(question)
@@ -63,6 +67,8 @@ def check(
             free.add(graph_answer(session, question, image, wanted), wanted)
             if schedule.stages:
                 forced.add(graph_answer(session, question, image, wanted, forced=wanted.selected), wanted)
+            if len(kept) < goldens:
+                kept.append((question, wanted))
             advance("")
     effect = (
         Metric(name="pruning: mean KL of the first token (nats)", value=float(np.mean(effect_kl))),
@@ -84,7 +90,7 @@ def check(
     ]
     if not any(rung.name.startswith("graph -> engine") for rung in rungs):
         rungs.append(Rung(name="graph -> engine", skipped="no engine was built"))
-    return ParityReport(
+    report = ParityReport(
         profile=name,
         dtype=manifest.dtype,
         samples=len(questions),
@@ -92,6 +98,9 @@ def check(
         versions={package: version(package) for package in ("torch", "transformers", "onnxruntime", "numpy")},
         rungs=tuple(rungs),
     )
+    if goldens and report.verdict == "PASS":
+        write_goldens(bundle, name, kept, report)
+    return report
 
 
 class HuggingFace:

@@ -7,8 +7,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from trimvlm.errors import UserError
 from trimvlm_tools import console
+
+if TYPE_CHECKING:
+    from trimvlm.bundle import Bundle
+    from trimvlm.parity import ParityReport
+
+GOLDENS = 4
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,27 +27,55 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--data", default="demo", metavar="DIR", help="folder with questions.jsonl, or demo (held-out scenes)"
     )
     parser.add_argument("--samples", type=int, default=20, metavar="N", help="questions (default 20)")
+    parser.add_argument(
+        "--write-goldens", action="store_true", help=f"keep {GOLDENS} questions in the bundle for --goldens"
+    )
+    parser.add_argument(
+        "--goldens",
+        action="store_true",
+        help="compare with the bundle's goldens, without torch",
+    )
+    parser.add_argument("--target", default="ort-cpu", metavar="T", help="with --goldens (default ort-cpu)")
     parser.add_argument("--json", action="store_true", help="the reports as JSON on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a report per profile; 1 if any verdict is not PASS."""
     from trimvlm.bundle import Bundle
-    from trimvlm_calib.samples import draw, load_samples
-    from trimvlm_tools.demo_data import demo_samples
-    from trimvlm_tools.parity.check import check
     from trimvlm_tools.parity.text import as_text
 
+    if args.samples < 1:
+        raise UserError(f"--samples: {args.samples} is not a positive number")
     bundle = Bundle(args.bundle)
     names = [bundle.entry(name)[0] for name in args.profile or sorted(bundle.manifest.profiles)]
-    with demo_samples(args.data, "test", args.samples) as folder:
-        questions = draw(load_samples(folder), args.samples, seed=0)
-        reports = []
-        for name in names:
-            with console.progress(f"check {name}", total=len(questions)) as advance:
-                reports.append(check(bundle, name, questions, data=args.data, advance=advance))
+    reports = from_goldens(bundle, names, args) if args.goldens else from_reference(bundle, names, args)
     if args.json:
         console.emit(reports)
     else:
         print("\n\n".join(as_text(report) for report in reports))
     return 0 if all(report.verdict == "PASS" for report in reports) else 1
+
+
+def from_goldens(bundle: Bundle, names: list[str], args: argparse.Namespace) -> list[ParityReport]:
+    """Compares with what the reference computed on the workstation."""
+    from trimvlm_tools.parity.goldens import check_goldens
+
+    return [check_goldens(bundle, name, args.target) for name in names]
+
+
+def from_reference(bundle: Bundle, names: list[str], args: argparse.Namespace) -> list[ParityReport]:
+    """Climbs the whole ladder."""
+    from trimvlm_calib.samples import draw, load_samples
+    from trimvlm_tools.demo_data import demo_samples
+    from trimvlm_tools.parity.check import check
+
+    reports = []
+    with demo_samples(args.data, "test", args.samples) as folder:
+        questions = draw(load_samples(folder), args.samples, seed=0)
+        for name in names:
+            with console.progress(f"check {name}", total=len(questions)) as advance:
+                goldens = GOLDENS if args.write_goldens else 0
+                report = check(bundle, name, questions, data=args.data, advance=advance, goldens=goldens)
+                reports.append(report)
+                bundle = Bundle(args.bundle)  # its manifest may have gained goldens
+    return reports
