@@ -66,8 +66,7 @@ def build(
     directory, tell = Path(directory), tell or _log
     target = target if isinstance(target, Target) else targets.load(target)
     with record.building(directory, target.name), ExitStack() as plans_left:
-        record.forget_lost_engines(directory)
-        bundle = Bundle(directory)
+        bundle = record.open_bundle(directory)
         name, entry = bundle.entry(profile)
         check(bundle, target)
         library = open_library(target)

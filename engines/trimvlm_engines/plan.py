@@ -7,7 +7,6 @@ is computed in float32.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -81,9 +80,14 @@ def build_plan(
 def _parse_errors(parser: Any) -> str:
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
     return "; ".join(
-        f"node {error.node_name() or '(none)'} ({error.node_operator() or 'graph'}): {error.desc().strip()}"
+        f"node {error.node_name() or '?'} ({error.node_operator() or 'graph'}): {_one_line(error.desc())}"
         for error in errors[:3]
     )
+
+
+def _one_line(message: str) -> str:
+    """Without the lines about a missing CUDA driver: TensorRT-RTX builds without one."""
+    return " ".join(" ".join(line for line in message.splitlines() if "catchCudaError" not in line).split())
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
@@ -159,8 +163,8 @@ def _logger(trt: Any) -> Any:
                 log.log(levels[severity], "%s", message)
 
         def said(self) -> str:
-            """The errors on one line, without the pointer to the library's own sources."""
-            lines = [re.sub(r"\s+", " ", message).strip() for message in self.errors]
-            return "; ".join(dict.fromkeys(lines)) or "no reason given"
+            """The errors on one line."""
+            lines = dict.fromkeys(_one_line(message) for message in self.errors)
+            return "; ".join(line for line in lines if line) or "no reason given"
 
     return Logger()

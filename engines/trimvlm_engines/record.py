@@ -73,8 +73,7 @@ def building(directory: Path, target: str) -> Iterator[None]:
     """Admits one build per target and bundle; a second one waits, then finds the plans up to date."""
     from filelock import FileLock, Timeout
 
-    if not (directory / MANIFEST).is_file():
-        Bundle(directory)  # says what is missing, before a lock file is left in a stranger's directory
+    _read(directory)  # no lock file is left in a directory that is no bundle
     lock = FileLock(directory / f".{target}.lock")
     try:
         lock.acquire(timeout=0)
@@ -118,11 +117,12 @@ def add_engine(directory: Path, profile: str, engine: Engine, plans: dict[str, P
     change_manifest(directory, change)
 
 
-def forget_lost_engines(directory: Path) -> None:
-    """Drops engines whose plan is gone or has another size, so that they can be built again.
+def open_bundle(directory: Path) -> Bundle:
+    """Opens a bundle to build in it: an engine whose plan is gone or has another size is forgotten.
 
     Everything else that is missing stays an error of `Bundle`: only plans can be made here.
     """
+    _read(directory)
 
     def change(manifest: Manifest) -> Manifest:
         plans = {
@@ -143,6 +143,7 @@ def forget_lost_engines(directory: Path) -> None:
         )
 
     change_manifest(directory, change)
+    return Bundle(directory)
 
 
 def _without(entry: Entry, lost: set[str]) -> Entry:

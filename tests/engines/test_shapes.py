@@ -1,0 +1,65 @@
+"""Shape ranges follow from the Schedule and the target's limits."""
+
+from __future__ import annotations
+
+import pytest
+
+from trimvlm.errors import UserError
+from trimvlm.profile import Decisions, LastRowAttention, LayerRule, ModelSpec, Select
+from trimvlm.schedule import resolve
+from trimvlm.target import Limits
+from trimvlm_engines.shapes import ShapeRange, decoder_ranges, images_range
+
+MODEL = ModelSpec(
+    family="llava", layers=6, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=99, visual_tokens=576
+)
+LIMITS = Limits(images=2, text=100, new_tokens=50)
+KEEP_288 = Select(layer=2, keep=288, by=LastRowAttention(attention="previous"))
+
+
+def test_one_joint_range_for_prefill_and_decode() -> None:
+    ranges = decoder_ranges(resolve(Decisions(), MODEL), LIMITS)
+    assert ranges["input_ids"] == ranges["text_positions"] == ShapeRange(min=(1,), opt=(32,), max=(100,))
+    assert ranges["visual"] == ShapeRange(min=(0, 64), opt=(576, 64), max=(1152, 64))
+    assert ranges["visual_positions"] == ShapeRange(min=(0,), opt=(576,), max=(1152,))
+    assert ranges["past_key.5"] == ShapeRange(min=(1, 2, 0, 16), opt=(1, 2, 0, 16), max=(1, 2, 1302, 16))
+    assert len(ranges) == 4 + 2 * 6
+
+
+def test_each_budget_has_its_own_past_and_each_stage_its_forced_indices() -> None:
+    decisions = Decisions(select=(KEEP_288,), exit=4, layers=(LayerRule(layers=(3,), execute="none"),))
+    ranges = decoder_ranges(resolve(decisions, MODEL), LIMITS)
+    past = {name: shape.max[2] for name, shape in ranges.items() if name.startswith("past_key")}
+    assert past == {
+        "past_key.0": 1152 + 150,
+        "past_key.1": 1152 + 150,
+        "past_key.2": 576 + 150,
+        "past_key.4": 150,
+        "past_key.5": 150,
+    }
+    assert ranges["forced.0"] == ShapeRange(min=(0,), opt=(0,), max=(576,))
+
+
+def test_short_prompts_stay_within_the_limits() -> None:
+    ranges = decoder_ranges(resolve(Decisions(), MODEL), Limits(images=1, text=8, new_tokens=1))
+    assert ranges["input_ids"] == ShapeRange(min=(1,), opt=(8,), max=(8,))
+
+
+def test_more_kept_tokens_than_topk_takes() -> None:
+    schedule = resolve(Decisions(select=(KEEP_288,)), MODEL)
+    assert decoder_ranges(schedule, Limits(images=13))["forced.0"].max == (13 * 288,)
+    with pytest.raises(
+        UserError, match=r"layer 2: select.keep: 14 images keep 4032 .* at most 3840; lower limits.images"
+    ):
+        decoder_ranges(schedule, Limits(images=14))
+
+
+def test_images() -> None:
+    assert images_range(32, 48, LIMITS).plain() == [[1, 3, 32, 48], [1, 3, 32, 48], [2, 3, 32, 48]]
+
+
+def test_ranges_that_are_none() -> None:
+    with pytest.raises(UserError, match="not ascending"):
+        ShapeRange(min=(2,), opt=(1,), max=(3,))
+    with pytest.raises(UserError, match="different numbers of dimensions"):
+        ShapeRange(min=(1,), opt=(1, 2), max=(3,))
