@@ -1,0 +1,70 @@
+"""Inputs for a decoder's prefill: one image and one prompt, random values, real positions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from trimvlm.schedule import Schedule
+
+# Shapes: T text rows, N visual rows, D width, G key/value heads, C head size.
+
+
+def prefill_feeds(
+    schedule: Schedule, *, text: int, before_image: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Arrays for a decoder graph's prefill, as `trimvlm.bundle` lists them.
+
+    Args:
+        schedule: of the profile that the graph was exported with.
+        text: text rows T, at least one of them after the image.
+        before_image: text rows before the image.
+        seed: two graphs of one model get the same ids and visual rows.
+    """
+    model = schedule.model
+    assert 0 <= before_image < text
+    ids, visual_ND = token_ids(model.vocab, text, seed), visual_rows(model.visual_tokens, model.hidden, seed)
+    positions = np.arange(text + model.visual_tokens)
+    image = slice(before_image, before_image + model.visual_tokens)
+    feeds = {
+        "input_ids": ids,
+        "visual": visual_ND,
+        "text_positions": np.delete(positions, image),
+        "visual_positions": positions[image],
+    }
+    for stage in range(len(schedule.stages)):
+        feeds[f"forced.{stage}"] = np.zeros(0, np.int64)
+    empty = np.zeros((1, model.kv_heads, 0, model.head_dim), np.float32)
+    for row in schedule.rows:
+        if row.execute == "both":
+            feeds[f"past_key.{row.layer}"] = feeds[f"past_value.{row.layer}"] = empty
+    return feeds
+
+
+def peer_feeds(
+    embedding_VD: np.ndarray, visual_tokens: int, *, text: int, before_image: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """The same prefill for a graph that takes embeddings of all rows in the order of the prompt."""
+    rows_TD = embedding_VD[token_ids(embedding_VD.shape[0], text, seed)]
+    visual_ND = visual_rows(visual_tokens, embedding_VD.shape[1], seed)
+    all_SD = np.concatenate((rows_TD[:before_image], visual_ND, rows_TD[before_image:]))
+    return {
+        "inputs_embeds": np.ascontiguousarray(all_SD[None], np.float32),
+        "position_ids": np.arange(all_SD.shape[0])[None],
+    }
+
+
+def token_ids(vocab: int, text: int, seed: int) -> np.ndarray:
+    """int64 [T]."""
+    return np.random.default_rng(seed).integers(0, vocab, text)
+
+
+def visual_rows(count: int, width: int, seed: int) -> np.ndarray:
+    """float32 [N, D], of the size of normalised activations."""
+    return np.random.default_rng([seed, 1]).standard_normal((count, width), dtype=np.float32)
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays by name as .npz."""
+    np.savez(path, allow_pickle=False, **arrays)
