@@ -6,7 +6,7 @@ on examples, and a checkpoint whose processing cannot be frozen is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,14 @@ from trimvlm.bundle import ImageProcessing, PromptTemplate, TextProcessing
 from trimvlm.errors import UserError
 from trimvlm.images import make_preprocessor
 from trimvlm.text import Turn, encode, load_tokenizer, render
+from trimvlm_export.chat_template import freeze_template, not_frozen, render_by_template
 
 TOKENIZER = "tokenizer.json"
 
 # Sizes (width, height) that tell resize rules, crops and paddings apart.
 SIZES = ((64, 64), (97, 53), (41, 160), (1, 7), (700, 351))
 
-# Marks that no template contains. The proof's texts have what templates are known to alter: spaces at the
-# ends, markup, braces, line ends.
-QUESTION, ANSWER, SECOND = "Qone1", "Aone1", "Qtwo2"
+# What templates are known to alter: spaces at the ends, markup, braces, line ends.
 TEXTS = ("What is it?", "  a <b> & 'c' {{ d }}\n\nline ", "Wie groß\u200b ist 猫?")
 
 
@@ -105,60 +104,6 @@ def text_processing(checkpoint: Path | str) -> TextProcessing:
     )
 
 
-def freeze_template(processor: Any, *, source: str) -> PromptTemplate:
-    """Cuts the pieces out of conversations rendered around marks.
-
-    Args:
-        processor: transformers' processor.
-        source: what errors name.
-
-    Raises:
-        UserError: there is no template, or it is not made of such pieces.
-    """
-    if not processor.chat_template:
-        raise UserError(
-            f"{source}: no chat template; add chat_template.jinja, or use the checkpoint's processor"
-        )
-    if "strftime_now" in str(processor.chat_template):
-        raise UserError(f"{source}: the chat template writes today's date; a frozen one cannot, remove it")
-
-    def rendered(turns: Sequence[Turn], generate: bool = False) -> str:
-        try:
-            return _render(processor, turns, generate)
-        except Exception as error:  # noqa: BLE001 templates raise what they like
-            raise UserError(
-                f"{source}: the chat template fails on a conversation of text and images ({error})"
-            ) from None
-
-    ask = Turn(text=QUESTION)
-    answered = Turn(text=QUESTION, answer=ANSWER)
-    try:
-        begin, user_end = rendered([ask]).split(QUESTION)
-        generate = _after(rendered([ask], True), begin + QUESTION + user_end)
-        answer_start, answer_end = _after(rendered([answered]), begin + QUESTION + user_end).split(ANSWER)
-        user_start = _after(
-            rendered([answered, Turn(text=SECOND)]),
-            begin + QUESTION + user_end + answer_start + ANSWER + answer_end,
-        ).split(SECOND)[0]
-        start = begin[: -len(user_start) or None]
-        if start + user_start != begin:
-            raise ValueError
-        image = _after(rendered([Turn(text=QUESTION, images=1)]).split(QUESTION)[0], begin)
-    except UserError:
-        raise
-    except ValueError:
-        raise _not_frozen(source, QUESTION) from None
-    return PromptTemplate(
-        start=start,
-        user_start=user_start,
-        image=image,
-        user_end=user_end,
-        answer_start=answer_start,
-        answer_end=answer_end,
-        generate=generate,
-    )
-
-
 def _prove_text(checkpoint: Path, processor: Any, template: PromptTemplate) -> None:
     """Compares renderings and ids with transformers for 0 to 3 images, one to three turns."""
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
@@ -167,11 +112,11 @@ def _prove_text(checkpoint: Path, processor: Any, template: PromptTemplate) -> N
         for images in range(4):
             last = Turn(text=text, images=images)
             before = Turn(text=text, images=images, answer=text)
-            for turns in ([last], [before, Turn(text=SECOND)], [before, before, last]):
-                theirs = _render(processor, turns, True)
+            for turns in ([last], [before, Turn(text=TEXTS[0])], [before, before, last]):
+                theirs = render_by_template(processor, turns, True)
                 ours = render(template, turns)
                 if ours != theirs:
-                    raise _not_frozen(str(checkpoint), text)
+                    raise not_frozen(str(checkpoint), text)
                 special = not (bos and theirs.startswith(bos))
                 if (
                     encode(tokenizer, ours)
@@ -197,32 +142,6 @@ def _prove_images(checkpoint: Path | str, processor: Any, frozen: ImageProcessin
                 f"{checkpoint}: image processor {type(processor).__name__} does more than resize, crop, "
                 f"rescale and normalise (see {width} x {height}); trimvlm cannot prepare its images"
             )
-
-
-def _render(processor: Any, turns: Sequence[Turn], generate: bool) -> str:
-    """transformers' rendering: contents as lists, images first."""
-    messages = []
-    for turn in turns:
-        content = [*({"type": "image"} for _ in range(turn.images)), {"type": "text", "text": turn.text}]
-        messages.append({"role": "user", "content": content})
-        if turn.answer is not None:
-            answer = [{"type": "text", "text": turn.answer}]
-            messages.append({"role": "assistant", "content": answer})
-    return processor.apply_chat_template(messages, add_generation_prompt=generate)
-
-
-def _after(text: str, prefix: str) -> str:
-    """What follows `prefix`; ValueError where the text does not begin with it."""
-    if not text.startswith(prefix):
-        raise ValueError
-    return text[len(prefix) :]
-
-
-def _not_frozen(source: str, text: str) -> UserError:
-    return UserError(
-        f"{source}: the chat template cannot be frozen into fixed pieces around images (first) and texts "
-        f"(shown by {text!r}); simplify chat_template.jinja"
-    )
 
 
 def _resize(checkpoint: Path | str, size: Any) -> int | tuple[int, int]:

@@ -1,17 +1,19 @@
 """The token loop: prefill, then one token at a time, with any function for a decoder.
 
 A decoder is a function from named inputs to named outputs, as listed in `bundle.py`. Inputs that are left
-out have zero rows, so the loop names only what it has.
+out have zero rows, so the loop names only what it has. `Decoder` makes such a function of a backend's graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimvlm.backends import Backend
 from trimvlm.text import Prompt
 
 
@@ -69,3 +71,34 @@ def generate_ids(
         yield token
         if count < max_new_tokens:
             outputs = decoder(step_inputs(token, prompt.length + count - 1, outputs))
+
+
+class Outputs(dict[str, NDArray[Any]]):
+    """All outputs of one decoder run by name, and the position of the token that comes next."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], next_position: int) -> None:
+        super().__init__(arrays)
+        self.next_position = next_position
+
+
+@dataclass
+class Decoder:
+    """The decoder graph as a function of named inputs. What is left out gets zero rows."""
+
+    backend: Backend
+    fetch: Sequence[str]
+    keep: Sequence[str] = ()
+    empty: dict[str, NDArray[Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.empty = {
+            name: np.zeros([size or 0 for size in port.shape], port.dtype)
+            for name, port in self.backend.inputs("decoder").items()
+        }
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        feeds = {
+            name: value.astype(self.empty[name].dtype, copy=False) if name == "visual" else value
+            for name, value in inputs.items()
+        }
+        return self.backend.run("decoder", {**self.empty, **feeds}, self.fetch, self.keep)

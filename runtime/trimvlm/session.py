@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -14,75 +13,15 @@ from numpy.typing import NDArray
 
 from trimvlm.backends import Backend, load_backend
 from trimvlm.bundle import Bundle, Engine, Entry
-from trimvlm.decoding import generate_ids, prefill_inputs, step_inputs
+from trimvlm.decoding import Decoder, Outputs, generate_ids, prefill_inputs, step_inputs
 from trimvlm.detokenization import stream_text
 from trimvlm.errors import UserError
 from trimvlm.images import ImageSource, make_preprocessor
 from trimvlm.sampling import make_sampler
 from trimvlm.text import Prompt, Turn, load_tokenizer, make_prompter
+from trimvlm.timings import Timings
 
 ORT_CPU = "ort-cpu"
-
-
-@dataclass(kw_only=True)
-class Timings:
-    """Seconds of one `generate`, filled in as it goes; None: not run, or not apart from another step.
-
-    Attributes:
-        preprocess: text and images to arrays.
-        vision: vision graph, all images.
-        select: selection before the decoder; None where the decoder graph selects.
-        prefill: decoder over the prompt; the four together are the time to the first token.
-        decode: all runs of the decoder after prefill, and `decode_tokens` how many there were.
-    """
-
-    preprocess: float | None = None
-    vision: float | None = None
-    select: float | None = None
-    prefill: float | None = None
-    decode: float = 0.0
-    decode_tokens: int = 0
-
-    @property
-    def first_token(self) -> float:
-        """Seconds to the first token."""
-        return sum(part or 0.0 for part in (self.preprocess, self.vision, self.select, self.prefill))
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Decode speed; None before a token was decoded."""
-        return self.decode_tokens / self.decode if self.decode_tokens else None
-
-
-class Outputs(dict[str, NDArray[Any]]):
-    """All outputs of one decoder run by name, and the position of the token that comes next."""
-
-    def __init__(self, arrays: Mapping[str, NDArray[Any]], next_position: int) -> None:
-        super().__init__(arrays)
-        self.next_position = next_position
-
-
-@dataclass
-class Decoder:
-    """The decoder graph as a function of named inputs. What is left out gets zero rows."""
-
-    backend: Backend
-    fetch: Sequence[str]
-    keep: Sequence[str] = ()
-    empty: dict[str, NDArray[Any]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.empty = {
-            name: np.zeros([size or 0 for size in port.shape], port.dtype)
-            for name, port in self.backend.inputs("decoder").items()
-        }
-
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        feeds = {
-            name: value.astype(self.empty[name].dtype, copy=False) if name == "visual" else value
-            for name, value in inputs.items()
-        }
-        return self.backend.run("decoder", {**self.empty, **feeds}, self.fetch, self.keep)
 
 
 class Session:
