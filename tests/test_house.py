@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -52,12 +51,14 @@ def pyproject() -> dict:
 
 
 def test_import_trimvlm_loads_nothing_but_itself() -> None:
-    start = time.perf_counter()
-    loaded = python("import sys, trimvlm; print(sorted({name.partition('.')[0] for name in sys.modules}))")
-    seconds = time.perf_counter() - start
+    code = (
+        "import sys, time\nstart = time.process_time()\nimport trimvlm\nprint(time.process_time() - start)\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    seconds, loaded = python(code).splitlines()
     third_party = set(ast.literal_eval(loaded)) - sys.stdlib_module_names - {"trimvlm", "__main__"}
     assert {name for name in third_party if not name.startswith(("_", "sitecustomize"))} == set()
-    assert seconds < 2  # 0.03 s on an idle machine
+    assert float(seconds) < 0.3
 
 
 def test_no_module_of_the_runtime_loads_the_workstation_or_a_device_library() -> None:

@@ -92,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """Imports the verb's module, parses its arguments and runs it."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories; nothing is fetched
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is the console's
     module = importlib.import_module(f"trimvlm_tools.verbs.{verb}")
     parser = OneLineParser(prog=f"trimvlm {verb}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

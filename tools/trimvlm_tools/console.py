@@ -9,7 +9,9 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
+
+INTERVAL = 10.0  # seconds between lines about progress
 
 _report: TextIO | None = None  # stdout while it is reserved for a machine-readable report
 
@@ -65,43 +67,77 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+class Tell(Protocol):
+    """`tell(what, done, total)`: so much of this piece of work is done; `note` says what comes."""
+
+    def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None: ...
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[Tell]:
+    """Shows how far long work of several named stages is.
+
+    On a terminal a bar for the stage at work (rich); elsewhere a line every ten seconds, and one at the end
+    of a stage that took as long.
+    """
+    bars = _rich_bars() if sys.stderr.isatty() else None
+    if bars is None:
+        yield _Lines()
+        return
+    tasks: dict[str, Any] = {}
+
+    def tell(what: str, done: int, total: int | None, note: str = "") -> None:
+        if what not in tasks:
+            for before in tasks.values():
+                bars.update(before, visible=False)
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total, description=f"{what} {note}".rstrip())
+
+    with bars:
+        yield tell
+
+
 @contextlib.contextmanager
 def progress(label: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
-    """Shows that long work goes on; call the yielded function after each step with what was done.
+    """The same for work of one stage: call the yielded function with a note after each step."""
+    with stages() as tell:
+        done = 0
 
-    On a terminal a bar (rich); elsewhere a line at most every ten seconds and one at the end.
-    """
-    bar = _rich_bar() if sys.stderr.isatty() else None
-    if bar is not None:
-        with bar:
-            task = bar.add_task(label, total=total)
-            yield lambda step: bar.update(task, advance=1, description=f"{label}: {step}" if step else label)
-            bar.update(task, description=label)
-        return
-    started = said = time.monotonic()
-    done = 0
+        def step(note: str) -> None:
+            nonlocal done
+            done += 1
+            tell(label, done, total, note)
 
-    def advance(step: str) -> None:
-        nonlocal done, said
-        done += 1
-        if time.monotonic() - said >= 10:
-            said = time.monotonic()
-            say(f"{label}: {done}{f'/{total}' if total else ''} {step}".rstrip())
-
-    yield advance
-    say(f"{label}: done in {time.monotonic() - started:.1f} s")
+        tell(label, 0, total)
+        yield step
+        if total is None:
+            tell(label, done, done)
 
 
-def _rich_bar() -> Any:
+class _Lines:
+    """Progress as lines, for logs and for machines without rich."""
+
+    def __init__(self) -> None:
+        self.what = ""
+        self.started = self.said = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
+        now = time.monotonic()
+        if what != self.what:
+            self.what, self.started = what, now
+        if done == total and now - self.started >= INTERVAL:
+            self.said = now
+            say(f"{what}: done in {now - self.started:.0f} s")
+        elif done != total and now - self.said >= INTERVAL:
+            self.said = now
+            say(f"{what}: {done}{f' of {total}' if total else ''} {note}".rstrip())
+
+
+def _rich_bars() -> Any:
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     except ModuleNotFoundError:
         return None
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}"),
-        TimeElapsedColumn(),
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Progress(*columns, console=Console(stderr=True))
