@@ -61,7 +61,7 @@ def calibrate(
     probe = _probe(checkpoint, spec, drawn, progress)
     outcome = merge({key: each.calibrate(probe, settings[key]) for key, each in methods.items()})
     resolve(outcome.decisions, spec)
-    used = {key: msgspec.to_builtins(value) for key, value in settings.items()}
+    used = {key: msgspec.json.decode(msgspec.json.encode(value)) for key, value in settings.items()}
     return Profile(
         name=name or method,
         method=MethodRecord(name=method, parameters=used if len(used) > 1 else used[method]),

@@ -49,10 +49,11 @@ class Probe:
     def runs(self, decisions: Decisions, what: str, *, detail: bool = False) -> Iterator[Prefill]:
         """One prefill per sample under `decisions`."""
         schedule = resolve(decisions, self.spec)
-        with Reference(self._model, schedule) as reference:
-            for done, (inputs, features) in enumerate(zip(self.inputs, self._features, strict=True), start=1):
-                yield reference.prefill(inputs, features=features, detail=detail)
-                self._progress(what, done, len(self.inputs))
+        for done, (inputs, features) in enumerate(zip(self.inputs, self._features, strict=True), start=1):
+            with Reference(self._model, schedule) as reference:  # not across a yield: it holds the model
+                run = reference.prefill(inputs, features=features, detail=detail)
+            self._progress(what, done, len(self.inputs))
+            yield run
 
     def divergence(self, decisions: Decisions, direction: Direction, what: str) -> float:
         """Mean KL divergence in nats between the dense model and the model under `decisions`."""

@@ -1,0 +1,244 @@
+"""What methods decide from given curves: a fake probe answers, no model runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trimvlm.errors import UserError
+from trimvlm.profile import Decisions, LastRowAttention, LayerRule, ModelSpec, Select
+from trimvlm.schedule import resolve
+from trimvlm_calib.calibrate import read_parameters
+from trimvlm_calib.methods import discover, find, hidivdrop, v_skip, vtw
+from trimvlm_calib.outcome import Outcome, merge
+
+SPEC = ModelSpec(
+    family="llava",
+    layers=32,
+    hidden=64,
+    heads=4,
+    kv_heads=4,
+    head_dim=16,
+    ffn=96,
+    vocab=64,
+    visual_tokens=576,
+)
+
+
+class FakeProbe:
+    """Answers with `divergences[layer]`, and remembers what it was asked."""
+
+    def __init__(self, divergences=None, similarity=None, attention=None, spec=SPEC):
+        self.spec, self.divergences, self.attention = spec, divergences, attention
+        self.visual_similarity = lambda: similarity
+        self.asked = {}
+
+    def sweep(self, what, candidates, direction):
+        self.asked[what] = (dict(candidates), direction)
+        return tuple(
+            self.divergences[layer] if layer in candidates else None for layer in range(self.spec.layers)
+        )
+
+    def visual_attention(self, decisions):
+        self.asked["attention"] = decisions
+        return iter(self.attention)
+
+
+def run(name, probe, **parameters):
+    (method,) = find(name).values()
+    outcome = method.calibrate(probe, read_parameters({name: method}, parameters)[name])
+    resolve(outcome.decisions, probe.spec)
+    return outcome
+
+
+def test_every_method_is_found_and_says_what_it_is():
+    methods = discover()
+    assert set(methods) == {"dense", "v-skip", "fastv", "vtw", "shortv", "hidivdrop"}
+    for name, method in methods.items():
+        assert name == method.NAME
+        assert method.SUMMARY and "\n" not in method.SUMMARY
+        method.Parameters()
+
+
+def test_finding_methods_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from trimvlm_calib.methods import discover; discover(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("expression", ["fastvv", "", "fastv+", "fastv+nothing"])
+def test_unknown_methods_are_refused_with_the_known_ones(expression):
+    with pytest.raises(UserError, match="not one of dense, fastv, hidivdrop, shortv, v-skip, vtw"):
+        find(expression)
+
+
+def test_a_method_named_twice():
+    with pytest.raises(UserError, match="named twice"):
+        find("fastv+fastv")
+
+
+def test_v_skip_takes_the_lowest_vig():
+    vig = np.random.default_rng(0).permutation(32) / 32
+    probe = FakeProbe(vig.tolist())
+    outcome = run("v-skip", probe)
+    (rule,) = outcome.decisions.layers
+    assert set(rule.layers) == set(np.argsort(vig)[:19])  # N = 19 of 32
+    assert (rule.query, rule.ffn) == ("none", None)
+    asked, direction = probe.asked["VIG"]
+    assert direction == "full||pruned"
+    assert asked[5] == Decisions(layers=(LayerRule(layers=(5,), query="none"),))
+    assert outcome.curves["vig"] == tuple(vig)
+
+
+def test_published_layer_counts():
+    assert len(v_skip.lowest(tuple(range(40)), v_skip.Parameters().share)) == 24  # 13B
+    assert v_skip.lowest((1.0, 0.5, 0.5, 0.5), 0.5) == [1, 2]  # ties: the lower layer
+    assert v_skip.lowest((1.0, 0.5), 0.01) == [1]
+
+
+def test_shortv_freezes_attention_and_ffn():
+    probe = FakeProbe([float(layer) for layer in range(32)])
+    (rule,) = run("shortv", probe, share=3 / 32).decisions.layers
+    assert (rule.layers, rule.query, rule.ffn) == ((0, 1, 2), "none", "none")
+    assert probe.asked["LC"][1] == "pruned||full"
+
+
+def test_fastv_keeps_the_published_layer_and_measures_all():
+    probe = FakeProbe([float(layer) for layer in range(32)])
+    outcome = run("fastv", probe)
+    assert outcome.decisions == Decisions(
+        select=(Select(layer=2, keep=288, by=LastRowAttention(attention="previous")),)
+    )
+    assert outcome.curves["kl_select"][0] is None
+    assert outcome.curves["kl_select"][31] == 31.0
+    with pytest.raises(UserError, match=r"layer: 32 is not within 1\.\.31"):
+        run("fastv", probe, layer=32)
+
+
+def test_vtw_exits_at_the_first_layer_within_eta():
+    curve = [1.0] * 32
+    curve[3], curve[15], curve[20] = 0.0, 0.003, 0.0
+    probe = FakeProbe(curve)
+    assert run("vtw", probe).decisions == Decisions(exit=15)  # layer 3 lies before the search
+    assert min(probe.asked["exit"][0]) == 5
+    with pytest.raises(UserError, match=r"within 1e-09 nats; the least is 1\.0 at layer 1"):
+        vtw.first_within((None, 1.0, 2.0), 1e-9)
+
+
+def attention_with_peaks(layers, tokens, window, peaks):
+    """[L, H, N]: at the layers of `peaks` the heads' pattern is the same as `window` layers later."""
+    generator = np.random.default_rng(0)
+    attention = generator.random((layers, 4, tokens)) ** 4
+    for layer in peaks:
+        attention[layer + window] = attention[layer]
+    return attention.astype(np.float32)
+
+
+def hidivdrop_probe(peaks):
+    similarity = tuple(1.0 - 0.01 * (layer in {8, 20}) - 0.001 * layer / 32 for layer in range(32))
+    divergences = [1.0] * 24 + [0.001] * 8
+    attention = [attention_with_peaks(32, 576, 4, peaks)] * 2
+    return FakeProbe(divergences, similarity, attention)
+
+
+def test_hidivdrop_gives_the_published_schedule_from_the_published_curves():
+    probe = hidivdrop_probe([10, 15, 17, 19])
+    outcome = run("hidivdrop", probe)
+    assert outcome.needs_adapted_weights
+    assert (outcome.decisions.inject, outcome.decisions.exit) == (8, 24)
+    assert [(s.layer, s.keep) for s in outcome.decisions.select] == [(10, 215), (15, 10), (17, 5), (19, 1)]
+    assert {s.by.attention for s in outcome.decisions.select} == {"own"}
+    assert probe.asked["attention"] == Decisions(inject=8, exit=24)
+    ilvas = outcome.curves["ilvas"]
+    assert [layer for layer, value in enumerate(ilvas) if value is not None] == list(range(8, 20))
+    assert ilvas[10] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_ilvas_is_the_papers_formula():
+    probe = hidivdrop_probe([])
+    parameters = hidivdrop.Parameters(window=3 / 32, top=5 / 576)
+    got = hidivdrop._ilvas(probe, Decisions(inject=8, exit=24), parameters)
+    for layer in (8, 13, 20):
+        values = []
+        for sample in hidivdrop_probe([]).attention:
+            now, later = sample[layer].astype(float), sample[layer + 3].astype(float)
+            tokens = sorted(range(576), key=lambda i: -now[:, i].sum())[:5]
+            cosines = [
+                now[:, i] @ later[:, i] / (now[:, i] @ now[:, i]) ** 0.5 / (later[:, i] @ later[:, i]) ** 0.5
+                for i in tokens
+            ]
+            values.append(sum(cosines) / 5)
+        assert got[layer] == pytest.approx(sum(values) / len(values), rel=1e-5)
+    assert got[21] is None
+
+
+def test_hidivdrop_extrema():
+    curve = (9.0, 1.0, 3.0, 2.0, 2.0, 5.0, None)
+    assert hidivdrop.extrema(curve, "maxima", 1, 9) == [2, 5]
+    assert hidivdrop.extrema(curve, "maxima", 1, 1) == [5]
+    assert hidivdrop.extrema(curve, "minima", 1, 9) == [1, 3]
+    assert hidivdrop.first_minimum((1.0, 0.5, 0.5, 0.7)) == 1
+    with pytest.raises(UserError, match="no local minimum"):
+        hidivdrop.first_minimum((1.0, 0.9, 0.8))
+
+
+def test_hidivdrop_without_room_for_a_filter():
+    probe = hidivdrop_probe([])
+    probe.divergences = [0.0] * 32
+    with pytest.raises(UserError, match="smaller window"):
+        run("hidivdrop", probe)
+
+
+@pytest.mark.parametrize(
+    ("expression", "given", "message"),
+    [
+        ("fastv", {"keeep": 1}, "'keeep': fastv has layer, keep"),
+        ("dense", {"keep": 1}, "dense has no parameters"),
+        ("fastv", {"keep": 1.5}, r"fastv: keep: 1\.5 is not within"),
+        ("fastv", {"layer": "two"}, r"fastv: .*layer"),
+        ("vtw", {"eta": 0}, "vtw: eta: 0"),
+        ("hidivdrop", {"keep": [0.1, 0.5]}, "falling list"),
+        ("hidivdrop", {"extrema": "both"}, "extrema"),
+        ("fastv+v-skip", {"keep": 0.5}, r"say whose, as in fastv\.keep"),
+        ("fastv+v-skip", {"vtw.eta": 0.5}, "'vtw' is not one of fastv, v-skip"),
+    ],
+)
+def test_wrong_parameters_are_refused_by_name(expression, given, message):
+    with pytest.raises(UserError, match=message):
+        read_parameters(find(expression), given)
+
+
+def test_parameters_may_be_text():
+    settings = read_parameters(find("fastv+v-skip"), {"fastv.layer": "3", "v-skip.share": "0.25"})
+    assert settings["fastv"].layer == 3
+    assert settings["v-skip"].share == 0.25
+
+
+SKIP = Outcome(decisions=Decisions(layers=(LayerRule(layers=(1,), query="none"),)), curves={"vig": (0.1,)})
+DROP = Outcome(
+    decisions=Decisions(select=(Select(layer=2, keep=9, by=LastRowAttention(attention="previous")),)),
+    curves={"kl_select": (0.2,)},
+)
+
+
+def test_merging_is_field_wise():
+    merged = merge({"fastv": DROP, "v-skip": SKIP})
+    assert merged.decisions == Decisions(select=DROP.decisions.select, layers=SKIP.decisions.layers)
+    assert merged.curves == {"kl_select": (0.2,), "vig": (0.1,)}
+    assert not merged.needs_adapted_weights
+    assert merge({"v-skip": SKIP}) == SKIP
+
+
+def test_merging_refuses_two_opinions():
+    exits = {name: Outcome(decisions=Decisions(exit=layer)) for name, layer in (("vtw", 3), ("hidivdrop", 4))}
+    with pytest.raises(UserError, match=r"exit: the methods disagree: 3 \(vtw\) and 4 \(hidivdrop\)"):
+        merge(exits)
+
+
+def test_curves_of_one_name_are_both_kept():
+    other = Outcome(decisions=Decisions(), curves={"vig": (0.3,)})
+    assert merge({"v-skip": SKIP, "b": other}).curves == {"vig": (0.1,), "vig (b)": (0.3,)}

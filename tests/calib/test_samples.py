@@ -1,0 +1,101 @@
+"""The user's own calibration data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_models import noise_image, tiny_inputs, tiny_llava
+
+from trimvlm.errors import UserError
+from trimvlm_calib.samples import Sample, draw, load_samples, model_inputs
+
+
+def write(folder, *lines):
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "questions.jsonl").write_text(text, "utf-8")
+    return folder
+
+
+def test_samples_are_read_in_order(tmp_path):
+    noise_image(0).save(tmp_path / "a.png")
+    lines = (
+        {"image": "a.png", "question": "what is it ?", "answer": "a cat", "type": "x"},
+        "",
+        {"image": "a.png", "question": "où ?"},
+    )
+    assert load_samples(write(tmp_path, *lines)) == [
+        Sample(image=tmp_path / "a.png", question="what is it ?", answer="a cat"),
+        Sample(image=tmp_path / "a.png", question="où ?"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 2: not JSON"),
+        ("[1]", r"line 2: '\[1\]' is not a JSON object"),
+        ({"question": "q"}, "line 2: image: a text is needed, found None"),
+        ({"image": "a.png", "question": 3}, "line 2: question: a text is needed, found 3"),
+        ({"image": "a.png", "question": " "}, "line 2: question: a text"),
+        ({"image": "a.png", "question": "q", "answer": 3}, "line 2: answer: a text is needed, found 3"),
+        ({"image": "b.png", "question": "q"}, r"line 2: image: there is no file .*b\.png"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    noise_image(0).save(tmp_path / "a.png")
+    write(tmp_path, {"image": "a.png", "question": "q"}, line)
+    with pytest.raises(UserError, match=rf"questions\.jsonl: {message}"):
+        load_samples(tmp_path)
+
+
+def test_no_samples(tmp_path):
+    with pytest.raises(UserError, match=r"no questions\.jsonl here"):
+        load_samples(tmp_path)
+    with pytest.raises(UserError, match="holds no samples"):
+        load_samples(write(tmp_path, ""))
+    (tmp_path / "questions.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_samples(tmp_path)
+
+
+def test_draws_are_decided_by_the_seed(tmp_path):
+    samples = [Sample(image=tmp_path / str(n), question="q") for n in range(30)]
+    drawn = draw(samples, 10, seed=3)
+    assert drawn == draw(samples, 10, seed=3) != draw(samples, 10, seed=4)
+    assert len({sample.image for sample in drawn}) == 10
+    for count in (0, 31):
+        with pytest.raises(UserError, match=f"{count} samples asked for, there are 30"):
+            draw(samples, count, seed=0)
+
+
+def test_inputs_are_the_processors(tmp_path):
+    from transformers import AutoProcessor
+
+    path = tiny_llava(tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(path)
+    noise_image(0).convert("RGBA").save(tmp_path / "a.png")
+    sample = Sample(image=tmp_path / "a.png", question="what is the color of w3 ?")
+    got, wanted = model_inputs(sample, processor), tiny_inputs(path)
+    assert got.keys() == wanted.keys()
+    for key, value in got.items():
+        assert value.equal(wanted[key])
+
+
+def test_what_the_model_cannot_be_given(tmp_path):
+    class Bare:
+        chat_template = None
+
+    (tmp_path / "a.png").write_text("no image")
+    sample = Sample(image=tmp_path / "a.png", question="q")
+    with pytest.raises(UserError, match="no chat template"):
+        model_inputs(sample, Bare())
+
+    class Templated:
+        chat_template = "x"
+
+        def apply_chat_template(self, *args, **kwargs):
+            return "x"
+
+    with pytest.raises(UserError, match=r"a\.png: not a readable image"):
+        model_inputs(sample, Templated())
