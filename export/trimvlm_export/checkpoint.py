@@ -152,7 +152,7 @@ class TensorMap:
             if reason is None:
                 raise UserError(
                     f"{self.tensors[name].file.name}: {self.tensors[name].name} is not used by the exported "
-                    "model and not known to be unneeded; the checkpoint is of another kind than config.json says"
+                    "model and not known to be unneeded; config.json describes another kind of checkpoint"
                 )
             reasons[self.tensors[name].name] = reason
         return reasons

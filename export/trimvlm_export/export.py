@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -53,29 +56,49 @@ def export(checkpoint: Path | str, profile: Profile, out: Path | str, *, dtype: 
     image, image_size = image_processing(checkpoint)
     text = text_processing(checkpoint)
     before = _existing(out, spec, dtype)
-    source = Source.place(checkpoint, out, dtype)
-    vision = export_vision(source, profile.vision_taps)
-    decoders = {
-        lowering: export_decoder(source, profile.name, schedule, lowering) for lowering in get_args(Lowering)
-    }
-    profile_file = f"{profile.name}.profile.json"
-    write_whole(out / profile_file, msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
-    written = [*source.files, vision, profile_file, *decoders.values()]
-    entry = Entry(profile=profile_file, vision=vision, decoders=decoders)
-    manifest = Manifest(
-        producer=f"trimvlm {trimvlm.__version__}, torch {torch.__version__}",
-        model=spec,
-        dtype=dtype,
-        image=image,
-        image_size=image_size,
-        text=msgspec.structs.replace(text, tokenizer=f"{CHECKPOINT}/{text.tokenizer}"),
-        weights=source.weight_files,
-        ignored_tensors=source.ignored(),
-        profiles={**(before.profiles if before else {}), profile.name: entry},
-        files={**(before.files if before else {}), **_recorded(out, written, before)},
-    )
-    write_manifest(out, manifest)
+    with _destination(out, new=before is None) as directory:
+        source = Source.place(checkpoint, directory, dtype)
+        vision = export_vision(source, profile.vision_taps)
+        decoders = {
+            lowering: export_decoder(source, profile.name, schedule, lowering)
+            for lowering in get_args(Lowering)
+        }
+        profile_file = f"{profile.name}.profile.json"
+        encoded = msgspec.json.format(msgspec.json.encode(profile), indent=2)
+        write_whole(directory / profile_file, encoded + b"\n")
+        written = [*source.files, vision, profile_file, *decoders.values()]
+        entry = Entry(profile=profile_file, vision=vision, decoders=decoders)
+        manifest = Manifest(
+            producer=f"trimvlm {trimvlm.__version__}, torch {torch.__version__}",
+            model=spec,
+            dtype=dtype,
+            image=image,
+            image_size=image_size,
+            text=msgspec.structs.replace(text, tokenizer=f"{CHECKPOINT}/{text.tokenizer}"),
+            weights=source.weight_files,
+            ignored_tensors=source.ignored(),
+            profiles={**(before.profiles if before else {}), profile.name: entry},
+            files={**(before.files if before else {}), **_recorded(directory, written, before)},
+        )
+        write_manifest(directory, manifest)
     return out
+
+
+@contextlib.contextmanager
+def _destination(out: Path, *, new: bool) -> Iterator[Path]:
+    """Where to write: a new bundle appears under its name when it is whole; a profile is added in place,
+    file by file, the manifest last."""
+    if not new:
+        yield out
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        directory = Path(scratch) / out.name
+        directory.mkdir()
+        yield directory
+        if out.exists():
+            out.rmdir()  # empty, as `_existing` saw
+        directory.rename(out)
 
 
 def _existing(out: Path, spec: ModelSpec, dtype: Dtype) -> Manifest | None:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from trimvlm.bundle import Bundle
 from trimvlm.errors import UserError
+from trimvlm.parity import ParityReport
 from trimvlm_tools import console
-
-if TYPE_CHECKING:
-    from trimvlm.bundle import Bundle
-    from trimvlm.parity import ParityReport
 
 GOLDENS = 4
 
@@ -41,7 +38,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a report per profile; 1 if any verdict is not PASS."""
-    from trimvlm.bundle import Bundle
     from trimvlm_tools.parity.text import as_text
 
     if args.samples < 1:
