@@ -167,3 +167,17 @@ def test_no_tracked_file_names_a_registry_or_a_place_of_one_machine() -> None:
 def test_files_are_named_for_what_they_do() -> None:
     nameless = {"utils.py", "util.py", "common.py", "helpers.py", "base.py", "misc.py"}
     assert [str(path) for path in tracked() if path.name in nameless] == []
+
+
+def test_the_documented_profile_is_one() -> None:
+    import yaml
+
+    from trimvlm.profile import to_profile
+    from trimvlm.schedule import Schedule
+
+    text = (ROOT / "docs/profile.md").read_text("utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    profile = to_profile(yaml.safe_load(block), source="docs/profile.md")
+    assert Schedule.resolve(profile, profile.model).mean_visual_tokens == 1372 / 12
+    for field in (*profile.decisions.__struct_fields__, *profile.decisions.layers[0].__struct_fields__):
+        assert f"`{field}`" in text
