@@ -177,15 +177,22 @@ class Profile(Value, frozen=True, kw_only=True):
     notes: str = ""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9+-]*", self.name):
-            raise UserError(
-                f"name: {self.name!r} cannot name files; use lower-case letters, digits, '-' and '+'"
-            )
+        check_name(self.name)
 
     @property
     def digest(self) -> str:
         """SHA-256 over the whole Profile in canonical JSON: what an engine is bound to."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+
+
+def check_name(name: str) -> None:
+    """Refuses a profile name that cannot name files.
+
+    Raises:
+        UserError: naming the name and what is allowed.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9+-]*", name):
+        raise UserError(f"name: {name!r} cannot name files; use lower-case letters, digits, '-' and '+'")
 
 
 def to_profile(data: Any, *, source: str) -> Profile:

@@ -16,7 +16,7 @@ from trimvlm.errors import UserError
 from trimvlm_tools import cli, console
 from trimvlm_tools.cli import VERBS, main
 
-HEAVY = ("numpy", "msgspec", "torch", "transformers", "onnx", "onnxruntime", "yaml", "rich", "matplotlib")
+HEAVY = ("numpy", "torch", "transformers", "onnx", "onnxruntime", "yaml", "rich", "matplotlib")
 PROFILE = {
     "schema": 1,
     "name": "fastv+v-skip",
@@ -110,6 +110,20 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["inspect", "nowhere.yaml"], "trimvlm inspect: nowhere.yaml: no such file"),
         (["inspect", "."], "trimvlm inspect: .: no manifest.json here"),
         (["run", "nowhere", "--prompt", "?"], "trimvlm run: nowhere: no manifest.json here"),
+        (
+            ["calibrate", ".", "--method", "vtw", "--data", "demo", "--out", "My Own.yaml"],
+            "trimvlm calibrate: name: 'My Own' cannot name files; use lower-case",
+        ),
+        (
+            ["calibrate", ".", "--method", "vtw", "--data", "demo", "--out", "no/a.yaml"],
+            "trimvlm calibrate: --out: there is no directory no",
+        ),
+        (
+            ["calibrate", ".", "--method", "vtw", "--data", "demo", "--out", "a.yaml", "--set", "eta"],
+            "trimvlm calibrate: --set: 'eta' is not KEY=VALUE",
+        ),
+        (["calibrate", "nowhere", "--method", "x", "--data", "demo", "--out", "a.yaml"], "method 'x' is not"),
+        (["calibrate", "nowhere", "--method", "vtw", "--data", ".", "--out", "a.yaml"], "no questions.jsonl"),
         (["export", "nowhere", "--out", "out"], "trimvlm export: nowhere: no model here"),
         (["export", ".", "--out", "out", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     ],

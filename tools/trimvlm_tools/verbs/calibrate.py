@@ -40,11 +40,13 @@ def run(args: argparse.Namespace) -> int:
     """Calibrates and writes the profile."""
     import yaml
 
+    from trimvlm.profile import check_name
     from trimvlm_calib.calibrate import calibrate
     from trimvlm_calib.files import save_profile
     from trimvlm_calib.samples import load_samples
     from trimvlm_tools.demo_data import demo_samples
 
+    check_name(args.out.stem)  # before the work, not after it
     if not args.out.parent.is_dir():
         raise UserError(f"--out: there is no directory {args.out.parent}")
     parameters: dict[str, Any] = {}
