@@ -10,6 +10,7 @@ import msgspec
 
 from trimvlm.errors import UserError
 from trimvlm.profile import ModelSpec, Value
+from trimvlm_tools.bench.quiet import quiet
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
 PAD, BOS, EOS, UNK, IMAGE, USER, ASSISTANT = range(len(SPECIAL))
@@ -105,8 +106,9 @@ def make_checkpoint(geometry: Geometry, directory: Path) -> Path:
         return directory
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    _make_model(geometry).save_pretrained(directory)
-    _make_processor(geometry).save_pretrained(directory)
+    with quiet():
+        _make_model(geometry).save_pretrained(directory)
+        _make_processor(geometry).save_pretrained(directory)
     stamp.write_bytes(encoded)  # last: without it the directory counts as not made
     return directory
 

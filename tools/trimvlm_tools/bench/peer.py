@@ -9,12 +9,8 @@ the peer's favour. Its attention masks nothing but the future, as ours.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import shutil
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ import numpy as np
 
 from trimvlm_tools.bench.geometry import GEOMETRY_FILE, Geometry
 from trimvlm_tools.bench.machine import fingerprint
+from trimvlm_tools.bench.quiet import quiet
 
 GRAPH = "language_model.onnx"
 SETTINGS = {"dynamic": True, "ort_fusions": "cpu"}
@@ -58,34 +55,19 @@ def _export(checkpoint: Path, geometry: Geometry, directory: Path) -> None:
     from transformers.exporters.exporter_onnx import OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
 
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(checkpoint)
     turn = [{"type": "image"}, {"type": "text", "text": geometry.prompt}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
-    inputs = processor(
-        text=prompt, images=Image.new("RGB", (geometry.image, geometry.image)), return_tensors="pt"
-    )
-    with _quiet():
+    image = Image.new("RGB", (geometry.image, geometry.image))
+    with quiet():
+        model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        processor = AutoProcessor.from_pretrained(checkpoint)
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": turn}], add_generation_prompt=True
+        )
+        inputs = processor(text=prompt, images=image, return_tensors="pt")
         decoder: Any
         decoder, sample = decompose_for_generation(model, dict(inputs))["language_model"]
         exported = OnnxExporter().export(decoder, sample, OnnxConfig(**SETTINGS))
         OnnxExporter.save_program(exported.program, directory / GRAPH)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keeps progress lines and shape notes of the exporter away from reports; errors still get out."""
-    torch_loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "transformers")]
-    levels = [logger.level for logger in torch_loggers]
-    for logger in torch_loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for logger, level in zip(torch_loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def read_tensor(checkpoint: Path, name_ends: str) -> np.ndarray:

@@ -40,8 +40,8 @@ def bench_geometry(
         cache: directory for checkpoints, bundles and the peer's graph; what is there already is used.
     """
     machine = fingerprint()
-    checkpoint = make_checkpoint(geometry, cache / "checkpoints" / geometry.name)
     profiles = _wanted(bench_profiles(geometry.model_spec()), methods)
+    checkpoint = make_checkpoint(geometry, cache / "checkpoints" / geometry.name)
     bundle = export_bundle(checkpoint, profiles, cache / "bundles" / geometry.name)
     work = (cache / "work" / geometry.name).absolute()
     contenders = prefill_contenders(bundle, profiles, geometry, work, threads=threads)
