@@ -245,10 +245,12 @@ def test_training_batches_are_reproducible_and_labelled():
     a, b = make_batch(7, 2, 3, (1.0,) * 10), make_batch(7, 2, 3, (1.0,) * 10)
     assert a.pixels.equal(b.pixels) and a.ids.equal(b.ids) and a.targets.equal(b.targets)
     scene = draw_scene(3)
-    labels, present, owner = patch_labels(scene)
+    labels, present, owner, centres = patch_labels(scene)
+    assert centres.sum() == len(scene.things)
     for thing in scene.things:
         patch = labels[thing.y // 8 * 14 + thing.x // 8]
         assert scene.things[owner[thing.y // 8 * 14 + thing.x // 8]] is thing
+        assert centres[thing.y // 8 * 14 + thing.x // 8] == 1
         assert [*COLORS][patch[0]] == thing.color and SHAPES[patch[1]] == thing.shape
         assert (patch[4], patch[5]) == (thing.row, thing.column)
     assert present.sum() == sum(
@@ -257,30 +259,29 @@ def test_training_batches_are_reproducible_and_labelled():
 
 
 def test_evidence_is_what_the_answer_is_read_from():
-    from trimvlm_tools.demo_model.labels import evidence
+    from trimvlm_tools.demo_model.labels import NO_THING, evidence
 
-    for sample in samples("train", 200, first=1 << 36):
-        scene = draw_scene(sample.seed)
-        looked_at = [
-            [scene.things[i] for i in part] for part in evidence(scene, sample.question, sample.answer)
-        ]
-        match sample.kind:
-            case "colour" | "shape" | "read":
-                (thing,) = looked_at[0]
-                assert sample.answer in (thing.color, thing.shape, thing.glyph)
-            case "find" | "at":
-                assert {t.phrase for part in looked_at for t in part} == {sample.answer} - {"nothing"}
-            case "where":
-                assert {t.place for part in looked_at for t in part} == {sample.answer}
-            case "row":
-                glyphs = [t.glyph for part in looked_at for t in part]
-                assert glyphs == [word for word in sample.answer.split() if word != "nothing"]
-            case "relation":
-                assert len(looked_at[0]) == 2
-            case "exist":
-                assert len(looked_at) == (sample.answer == "yes")
-            case "count":
-                assert looked_at == []
+    for sample in samples("train", 300, first=1 << 36):
+        scene, words, reply = draw_scene(sample.seed), sample.question.split(), sample.answer.split()
+        looks = evidence(scene, sample.question, sample.answer)
+        for row, index, _ in looks:  # a word of the question looks at the thing whose name it completes
+            if row < len(words):
+                assert [scene.things[index].color, scene.things[index].shape] == words[row - 1 : row + 1]
+        answering = [look for look in looks if look[0] >= len(words)]
+        seen = [scene.things[index] for _, index, _ in answering if index != NO_THING]
+        if sample.answer in ("no", "nothing"):
+            assert answering == [(len(words), NO_THING, 1.0)]
+        elif sample.kind == "count":
+            assert len(seen) == NUMBER_WORDS.index(sample.answer)
+            assert sum(share for *_, share in answering) == pytest.approx(1)
+        elif sample.kind == "relation":
+            assert len(seen) == 2 and len(looks) == 4
+        elif sample.kind == "row":
+            assert [thing.glyph for thing in seen] == reply
+        else:
+            assert len(seen) == len(reply) and len(set(seen)) == 1
+            told = (seen[0].color, seen[0].shape, seen[0].glyph, seen[0].phrase, seen[0].place, "yes")
+            assert sample.answer in told
 
 
 def test_a_team_averages_gradients_and_shares_updates():

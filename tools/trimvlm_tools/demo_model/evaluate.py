@@ -97,7 +97,9 @@ def answers(
     dropped = random_drop(ids, model.config.image_token_index, drop, [sample.seed for sample in asked])
     with visual_tokens_dropped(model, dropped, DROP_LAYER):
         inputs.pop("token_type_ids", None)
-        made = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        # The library types `generate` for a protocol that its own models do not declare.
+        generate = model.generate  # pyright: ignore[reportAttributeAccessIssue]
+        made = generate(**inputs, max_new_tokens=LONGEST_ANSWER)
     return processor.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
 
 

@@ -6,7 +6,9 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from trimvlm_tools.demo_model.scenes import PATCH, SIDE
-from trimvlm_tools.demo_model.vocabulary import BOS, EOS, IMAGE, PAD, VOCABULARY_ROWS
+from trimvlm_tools.demo_model.vocabulary import BOS, CENTRE_ROW, EOS, IMAGE, PAD, VOCABULARY_ROWS
+
+HEAD_WIDTH, ROPE_THETA = 32, 10000.0
 
 
 def make_config(width: int = 192, layers: int = 12, vision_layers: int = 5) -> LlavaConfig:
@@ -15,7 +17,7 @@ def make_config(width: int = 192, layers: int = 12, vision_layers: int = 5) -> L
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=vision_layers,
-        num_attention_heads=width // 32,
+        num_attention_heads=width // HEAD_WIDTH,
         image_size=SIDE,
         patch_size=PATCH,
         projection_dim=width,
@@ -26,12 +28,12 @@ def make_config(width: int = 192, layers: int = 12, vision_layers: int = 5) -> L
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-        head_dim=32,
+        num_attention_heads=width // HEAD_WIDTH,
+        num_key_value_heads=width // HEAD_WIDTH,
+        head_dim=HEAD_WIDTH,
         max_position_embeddings=512,
         rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=False,
         pad_token_id=PAD,
         bos_token_id=BOS,
@@ -59,6 +61,7 @@ def make_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
     """
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).float()
+    encoder, decoder = model.model.vision_tower.encoder, model.model.language_model
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 2)[-2]
         if parameter.ndim == 1:
@@ -68,7 +71,7 @@ def make_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         deviation = 1 / math.sqrt(parameter[0].numel())
-        layers = (config.vision_config if "vision" in name else config.text_config).num_hidden_layers
+        layers = len(encoder.layers if "vision" in name else decoder.layers)
         if leaf in ("o_proj", "down_proj", "out_proj", "fc2"):
             deviation /= math.sqrt(2 * layers)
         elif leaf == "embed_tokens":
@@ -78,7 +81,8 @@ def make_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
         elif leaf == "lm_head":
             deviation *= 0.1
         parameter.normal_(0.0, deviation)
-    for layer in model.model.language_model.layers:
+    decoder.embed_tokens.weight[CENTRE_ROW] = 0.0
+    for layer in decoder.layers:
         tied = layer.self_attn.q_proj.weight.shape[0] // 2
         layer.self_attn.k_proj.weight[:tied] = layer.self_attn.q_proj.weight[:tied]
     model.generation_config.pad_token_id = PAD

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
+from trimvlm_tools.demo_model.model import HEAD_WIDTH, ROPE_THETA
+from trimvlm_tools.demo_model.scenes import PATCH
 from trimvlm_tools.demo_model.vocabulary import BOS, EOS, PAD, TOKEN_ID, token_ids
 
 SLOT = 14  # rows of a slot: the longest question, `ASSISTANT:` and answer of the generator
@@ -59,9 +61,8 @@ def encode_slots(questions: Sequence[Sequence[tuple[str, str]]]) -> tuple[Tensor
 
 def see_images(model: LlavaForConditionalGeneration, pixels_BCHW: Tensor, dtype: torch.dtype) -> VisionStates:
     """Run the CLIP tower on pixels in -1..1."""
-    tower, heads = model.model.vision_tower, model.config.vision_config.num_attention_heads
+    tower = model.model.vision_tower
     embed = tower.embeddings
-    size = model.config.vision_config.patch_size
 
     def linear(module, x):
         return F.linear(x, module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype))
@@ -70,8 +71,8 @@ def see_images(model: LlavaForConditionalGeneration, pixels_BCHW: Tensor, dtype:
         return F.layer_norm(x, x.shape[-1:], module.weight.to(dtype), module.bias.to(dtype), module.eps)
 
     batch, channels, side, _ = pixels_BCHW.shape
-    grid = side // size
-    patches = pixels_BCHW.to(dtype).view(batch, channels, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5)
+    grid = side // PATCH
+    patches = pixels_BCHW.to(dtype).view(batch, channels, grid, PATCH, grid, PATCH).permute(0, 2, 4, 1, 3, 5)
     x = F.linear(patches.reshape(batch, grid * grid, -1), embed.patch_embedding.weight.to(dtype).flatten(1))
     x = torch.cat([embed.class_embedding.to(dtype).expand(batch, 1, -1), x], 1)
     x = norm(tower.pre_layrnorm, x + embed.position_embedding.weight.to(dtype))
@@ -81,7 +82,7 @@ def see_images(model: LlavaForConditionalGeneration, pixels_BCHW: Tensor, dtype:
             features = x[:, 1:]
         a = norm(layer.layer_norm1, x)
         q, k, v = (
-            linear(m, a).view(*a.shape[:2], heads, -1).transpose(1, 2)
+            linear(m, a).view(*a.shape[:2], -1, HEAD_WIDTH).transpose(1, 2)
             for m in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
         )
         a = _attend(q, k, v).transpose(1, 2).reshape(x.shape)
@@ -149,16 +150,14 @@ def read_slots(
 
     Returns:
         Final hidden states of the slots' rows, normed, [B, Q * SLOT, D], and the mean attention of
-        `POINTER_HEADS` in `POINTER_LAYER` from these rows to the visual tokens, [B, Q * SLOT, N]; None in a
-        model too shallow to have that layer.
+        `POINTER_HEADS` in `POINTER_LAYER` from these rows to the prefix; None in a model without that layer.
     """
     lm, dtype = model.model.language_model, visual_BND.dtype
-    config = model.config.text_config
     batch, visual = visual_BND.shape[:2]
     prefix = len(PREFIX) + visual
     positions = torch.cat([torch.arange(prefix), prefix + torch.arange(SLOT).repeat(ids_BS.shape[1] // SLOT)])
-    half = config.head_dim // 2
-    frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+    half = HEAD_WIDTH // 2
+    frequency = ROPE_THETA ** (-torch.arange(half) / half)
     angles = positions[:, None] * frequency
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -166,7 +165,7 @@ def read_slots(
         return F.rms_norm(x, x.shape[-1:], module.weight.to(dtype), module.variance_epsilon)
 
     def split(x):
-        return x.view(*x.shape[:2], -1, config.head_dim).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, HEAD_WIDTH).transpose(1, 2)
 
     def rotate(x):
         a, b = x[..., :half], x[..., half:]
@@ -183,7 +182,7 @@ def read_slots(
         q, k, v = (split(F.linear(a, m.weight.to(dtype))) for m in maps)
         a, weights = _slot_attention(rotate(q), rotate(k), v, prefix)
         if index == POINTER_LAYER:
-            pointer = weights[:, :POINTER_HEADS, :, len(PREFIX) :].float().mean(1)
+            pointer = weights[:, :POINTER_HEADS].float().mean(1)
         x = x + F.linear(a.transpose(1, 2).reshape(x.shape), attention.o_proj.weight.to(dtype))
         a = norm(layer.post_attention_layernorm, x)
         gate = F.silu(F.linear(a, mlp.gate_proj.weight.to(dtype)))

@@ -4,7 +4,7 @@ The splits draw their seeds from ranges that do not meet, so a calibration image
 test image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -32,7 +32,7 @@ class Sample:
     seed: int
 
 
-def _pick(rng: np.random.Generator, options: list[T]) -> T:
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 

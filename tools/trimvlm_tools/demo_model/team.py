@@ -61,14 +61,15 @@ class Team:
         """Replace every gradient by its mean over the team."""
         if self.size == 1:
             return
-        graded = [parameter for parameter in parameters if parameter.grad is not None]
-        count = sum(parameter.numel() for parameter in graded)
-        torch.cat([parameter.grad.flatten() for parameter in graded], out=self.gradients[self.rank, :count])
+        graded = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        sizes = [gradient.numel() for gradient in graded]
+        count = sum(sizes)
+        torch.cat([gradient.flatten() for gradient in graded], out=self.gradients[self.rank, :count])
         self.wait()
         mean = self.gradients[:, :count].mean(0)
         self.wait()
-        for parameter, piece in zip(graded, mean.split([p.numel() for p in graded]), strict=True):
-            parameter.grad.copy_(piece.view_as(parameter))
+        for gradient, piece in zip(graded, mean.split(sizes), strict=True):
+            gradient.copy_(piece.view_as(gradient))
 
 
 ALONE = Team()

@@ -14,15 +14,24 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from trimvlm_tools.demo_model.labels import AuxiliaryHeads, evidence, patch_labels
+from trimvlm_tools.demo_model.labels import NO_THING, AuxiliaryHeads, evidence, patch_labels
 from trimvlm_tools.demo_model.model import make_config, make_model
 from trimvlm_tools.demo_model.muon import Muon
-from trimvlm_tools.demo_model.packing import IGNORED, SLOT, encode_slots, project, read_slots, see_images
+from trimvlm_tools.demo_model.packing import (
+    IGNORED,
+    PREFIX,
+    SLOT,
+    encode_slots,
+    project,
+    read_slots,
+    see_images,
+)
 from trimvlm_tools.demo_model.questions import KINDS, Sample, ask, samples
 from trimvlm_tools.demo_model.scenes import draw_scene
 from trimvlm_tools.demo_model.team import ALONE, Team
@@ -30,6 +39,7 @@ from trimvlm_tools.demo_model.vocabulary import save_processor
 
 VALIDATION_FIRST = 1 << 39  # training never gets this far into its own split
 CLIP = 1.0
+AUXILIARY_WEIGHTS = {"dense": 0.5, "summary": 0.2, "align": 0.5, "centre": 0.5}
 SAVE_SECONDS, LOG_SECONDS = 240.0, 30.0
 
 
@@ -60,6 +70,7 @@ class Stage:
 
 #                colour shape read at  where count exist relation find row
 _POSITIONS = (1.5, 1.5, 1.5, 3.0, 1.0, 0.5, 0.5, 0.5, 1.0, 2.0)
+_HARD = (0.7, 0.7, 0.8, 0.5, 0.8, 3.5, 1.2, 3.5, 0.6, 1.0)
 _LOOK_UPS = (1.5, 1.5, 1.5, 0.6, 1.6, 1.4, 0.8, 1.4, 1.6, 0.6)
 _VISION = Stage(name="vision", share=0.065, images=24, questions=0, muon=4e-3, adamw=2e-3)
 _DECODER = (
@@ -69,6 +80,17 @@ _DECODER = (
         vision=0.4, hold=0.2,
     ),
 )  # fmt: skip
+_COUNTS = Stage(
+    name="counts",
+    share=1.0,
+    images=8,
+    questions=16,
+    muon=1.5e-3,
+    adamw=7.5e-4,
+    mix=_HARD,
+    vision=0.3,
+    hold=0.35,
+)
 _TAIL = Stage(
     name="tail",
     share=1.0,
@@ -83,6 +105,7 @@ _TAIL = Stage(
 SCHEDULES: dict[str, tuple[Stage, ...]] = {
     "full": (_VISION, *_DECODER),
     "decoder": _DECODER,  # for a run whose vision tower is trained already
+    "counts": (_COUNTS,),
     "tail": (_TAIL,),
 }
 
@@ -107,7 +130,9 @@ class Batch:
     ids: Tensor | None
     targets: Tensor | None
     evidence_rows: Tensor  # [M] rows of the flattened slots [B * Q * SLOT] that look at a thing
-    evidence_patches: Tensor  # float32 [M, N], ones where the thing is
+    evidence_keys: Tensor  # float32 [M, prefix], ones where the thing is, or at `<s>`
+    evidence_shares: Tensor  # float32 [M], of the row's attention
+    centres: Tensor  # float32 [B, N]
 
 
 def to_pixels(images: list[np.ndarray]) -> Tensor:
@@ -117,7 +142,7 @@ def to_pixels(images: list[np.ndarray]) -> Tensor:
 
 def make_batch(first: int, images: int, questions: int, mix: tuple[float, ...]) -> Batch:
     """The batch of training images `first` to `first + images - 1`, a function of its arguments alone."""
-    pictures, labels, present, asked, rows, patches = [], [], [], [], [], []
+    pictures, labels, present, asked, looks, keys, centres = [], [], [], [], [], [], []
     edges = np.cumsum(mix) / np.sum(mix)
     slot = 0
     for seed in range(first, first + images):
@@ -125,19 +150,31 @@ def make_batch(first: int, images: int, questions: int, mix: tuple[float, ...]) 
         rng = np.random.Generator(np.random.PCG64([seed, 2]))
         kinds = [KINDS[min(int(i), len(KINDS) - 1)] for i in np.searchsorted(edges, rng.random(questions))]
         asked.append([ask(scene, kind, rng) for kind in kinds])
-        classes, occurring, owner = patch_labels(scene)
+        classes, occurring, owner, middle = patch_labels(scene)
+        centres.append(middle)
+        shown_at = np.zeros((len(scene.things) + 1, len(PREFIX) + len(owner)), dtype=np.float32)
+        shown_at[:-1, len(PREFIX) :] = owner == np.arange(len(scene.things))[:, None]
+        shown_at[NO_THING, 0] = 1.0
         for question, answer in asked[-1]:
-            for word, things in enumerate(evidence(scene, question, answer)):
-                rows += [slot * SLOT + len(question.split()) + word] * len(things)
-                patches += [owner == index for index in things]
+            for row, index, share in evidence(scene, question, answer):
+                looks.append((slot * SLOT + row, share))
+                keys.append(shown_at[index])
             slot += 1
         pictures.append(scene.image)
         labels.append(classes)
         present.append(occurring)
     ids, targets = encode_slots(asked) if questions else (None, None)
-    table, words = torch.from_numpy(np.stack(labels)), torch.from_numpy(np.stack(present))
-    shown = torch.from_numpy(np.array(patches, dtype=np.float32).reshape(len(rows), -1))
-    return Batch(to_pixels(pictures), table, words, ids, targets, torch.tensor(rows, dtype=torch.long), shown)
+    return Batch(
+        pixels=to_pixels(pictures),
+        labels=torch.from_numpy(np.stack(labels)),
+        present=torch.from_numpy(np.stack(present)),
+        ids=ids,
+        targets=targets,
+        evidence_rows=torch.tensor([row for row, _ in looks], dtype=torch.long),
+        evidence_keys=torch.from_numpy(np.array(keys, dtype=np.float32)),
+        evidence_shares=torch.tensor([share for _, share in looks]),
+        centres=torch.from_numpy(np.stack(centres)),
+    )
 
 
 class Trainer:
@@ -146,7 +183,7 @@ class Trainer:
     def __init__(self, seed: int, team: Team = ALONE) -> None:
         self.team = team
         self.model: LlavaForConditionalGeneration = make_model(make_config(), seed)
-        self.heads = AuxiliaryHeads(self.model.config.text_config.hidden_size)
+        self.heads = AuxiliaryHeads(self.model.lm_head.in_features)
         muon: dict[bool, list] = {False: [], True: []}
         adamw: dict[bool, list] = {False: [], True: []}
         for name, parameter in self.model.named_parameters():
@@ -171,16 +208,17 @@ class Trainer:
         states = see_images(model, batch.pixels, torch.bfloat16)
         visual = project(model, states.features)
         table = model.model.language_model.embed_tokens.weight
-        dense, summary, align, accuracy = self.heads.losses(
-            states, visual, table, batch.labels, batch.present
+        losses, accuracy = self.heads.losses(
+            states, visual, table, labels_BN6=batch.labels, present=batch.present, centres_BN=batch.centres
         )
-        loss = 0.5 * dense + 0.2 * summary + 0.5 * align
-        shown = {"dense": dense.item(), "summary": summary.item(), "align": align.item()}
+        loss = sum(AUXILIARY_WEIGHTS[name] * value for name, value in losses.items())
+        shown = {name: value.item() for name, value in losses.items()}
         shown |= dict(zip(("color", "shape", "size", "glyph"), accuracy, strict=True))
         if batch.ids is not None and batch.targets is not None:
             hidden, attention = read_slots(model, visual, batch.ids)
-            looked = attention.flatten(0, 1)[batch.evidence_rows] * batch.evidence_patches
-            pointer = -(looked.sum(-1) + 1e-4).log().mean()
+            assert attention is not None
+            looked = (attention.flatten(0, 1)[batch.evidence_rows] * batch.evidence_keys).sum(-1)
+            pointer = -(batch.evidence_shares * (looked + 1e-4).log()).sum() / batch.evidence_shares.sum()
             wanted = batch.targets != IGNORED
             logits = F.linear(hidden[wanted].float(), model.lm_head.weight)
             answer = F.cross_entropy(logits, batch.targets[wanted])
@@ -334,12 +372,12 @@ def main() -> None:
     count = sum(p.numel() for p in make_model(make_config(), 0).parameters()) + 100_000  # and the heads
     team = Team(
         size=size,
-        barrier=mp.get_context("spawn").Barrier(size),
+        barrier=get_context("spawn").Barrier(size),
         gradients=torch.zeros(size, count).share_memory_(),
         updates=torch.zeros(count).share_memory_(),
         value=torch.zeros(1, dtype=torch.float64).share_memory_(),
     )
-    mp.spawn(work, args=(arguments, team), nprocs=size)
+    spawn(work, args=(arguments, team), nprocs=size)
 
 
 if __name__ == "__main__":

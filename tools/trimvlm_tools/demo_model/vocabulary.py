@@ -12,7 +12,8 @@ right row shape the there what where which with yes"""
 _WORDS = {*_GRAMMAR.split(), *COLORS, *SHAPES, *SIZES, *GLYPHS, *ROWS, *COLUMNS, *NUMBERS, NOTHING}
 VOCABULARY = (*SPECIAL, "USER:", "ASSISTANT:", *sorted(_WORDS))
 TOKEN_ID = {word: index for index, word in enumerate(VOCABULARY)}
-VOCABULARY_ROWS = 96  # rows of the embedding table; the last few are never used
+VOCABULARY_ROWS = 96  # rows of the embedding table; no text uses the last ones
+CENTRE_ROW = VOCABULARY_ROWS - 1  # in training, the direction that marks the centre of a thing
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role']=='user' %}USER: {% for c in m['content'] %}"
     "{% if c['type']=='image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}"
