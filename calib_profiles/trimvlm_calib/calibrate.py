@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Calibration, Profile
+from trimvlm.profile import Calibration, Profile, check_name
 from trimvlm.profile import Method as MethodRecord
 from trimvlm.schedule import resolve
 from trimvlm_calib.methods import Method, find
@@ -53,13 +53,20 @@ def calibrate(
     """
     from trimvlm_export.checkpoint import model_spec
 
+    check_name(name or method)
     methods = find(method)
     settings = read_parameters(methods, parameters or {})
     spec = model_spec(checkpoint)
     wanted = max(each.SAMPLES for each in methods.values())
     drawn = draw(samples, min(wanted, len(samples)) if count is None else count, seed) if wanted else []
     probe = _probe(checkpoint, spec, drawn, progress)
-    outcome = merge({key: each.calibrate(probe, settings[key]) for key, each in methods.items()})
+    outcomes = {}
+    for key, each in methods.items():
+        try:
+            outcomes[key] = each.calibrate(probe, settings[key])
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+    outcome = merge(outcomes)
     resolve(outcome.decisions, spec)
     used = {key: msgspec.json.decode(msgspec.json.encode(value)) for key, value in settings.items()}
     return Profile(

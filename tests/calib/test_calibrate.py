@@ -85,3 +85,13 @@ def test_decisions_that_cannot_be_united_are_refused(checkpoint, samples):
         calibrate(
             checkpoint, "vtw+v-skip", samples, {"vtw.eta": 100, "v-skip.share": 1}, data_name="noise", count=1
         )
+
+
+def test_errors_come_before_the_work_and_name_the_method(tmp_path, checkpoint, samples):
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(UserError, match="name: 'My Profile' cannot name files"):
+        calibrate(nowhere, "v-skip", samples, data_name="noise", name="My Profile")
+    with pytest.raises(UserError, match="no model here"):
+        calibrate(nowhere, "v-skip", samples, data_name="noise")
+    with pytest.raises(UserError, match="vtw: eta: at no layer"):
+        calibrate(checkpoint, "vtw", samples, {"eta": 1e-12}, data_name="noise", count=1)

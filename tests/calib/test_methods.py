@@ -176,6 +176,14 @@ def test_ilvas_is_the_papers_formula():
     assert got[21] is None
 
 
+def test_ilvas_of_tokens_that_nobody_attends_to_is_zero():
+    probe = hidivdrop_probe([])
+    for sample in probe.attention:
+        sample[11] = 0.0
+    got = hidivdrop._ilvas(probe, Decisions(inject=8, exit=24), hidivdrop.Parameters(window=3 / 32))
+    assert got[8] == got[11] == 0.0
+
+
 def test_hidivdrop_extrema():
     curve = (9.0, 1.0, 3.0, 2.0, 2.0, 5.0, None)
     assert hidivdrop.extrema(curve, "maxima", 1, 9) == [2, 5]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -46,7 +48,7 @@ def inputs(checkpoint):
     return tiny_inputs(checkpoint)
 
 
-def prefill(model, inputs, decisions, **kwargs):
+def prefill(model, inputs, decisions, **kwargs) -> Any:
     with Reference(model, resolve(decisions, SPEC)) as reference:
         return reference.prefill(inputs, **kwargs)
 
@@ -56,7 +58,7 @@ def prefill(model, inputs, decisions, **kwargs):
 def test_dense_is_plain_generate(tmp_path, images, tie):
     """The bar: token for token the same as `generate`, in float32."""
     path = tiny_llava(tmp_path, kv_heads=2, tie=tie, seed=3)
-    model = LlavaForConditionalGeneration.from_pretrained(path, dtype="float32").eval()
+    model: Any = LlavaForConditionalGeneration.from_pretrained(path, dtype="float32").eval()
     lengths = []
     for seed in range(3):
         inputs = tiny_inputs(path, images=images, seed=seed)

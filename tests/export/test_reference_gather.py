@@ -85,7 +85,7 @@ class NaiveGather:
         embed = self.w["language_model.embed_tokens.weight"]
         rows = [s for s in range(S) if is_text[s]]
         x = {s: embed[ids[s]] for s in rows}
-        previous, self.selected, self.cache, self.counts = None, [], [], []
+        previous, self.selected, self.cache, self.counts = {}, [], [], []
         for layer in range(LAYERS):
             at = f"language_model.layers.{layer}"
             if layer == d.inject:

@@ -96,8 +96,8 @@ def first_minimum(curve: Curve) -> int:
         if before > value <= after:
             return layer
     raise UserError(
-        "hidivdrop: the visual similarity has no local minimum, so there is no layer to inject at: this "
-        "model's visual rows change as HiDivDrop does not expect; use another method"
+        "the visual similarity has no local minimum, so there is no layer to inject at: this model's visual "
+        "rows change as HiDivDrop does not expect; use another method"
     )
 
 
@@ -133,5 +133,6 @@ def _ilvas(probe: Probe, decisions: Decisions, parameters: Parameters) -> Curve:
             order = np.argsort(-attention_LHN[layer].mean(axis=0), kind="stable")[:top]
             now, later = (attention_LHN[at][:, order].astype(np.float64) for at in (layer, layer + window))
             norms = np.linalg.norm(now, axis=0) * np.linalg.norm(later, axis=0)
-            sums[layer] += ((now * later).sum(axis=0) / norms).mean()
+            cosines = (now * later).sum(axis=0) / np.maximum(norms, np.finfo(np.float64).tiny)
+            sums[layer] += cosines.mean()  # a token that no head attends to counts as 0
     return tuple(round_figure(sums[layer] / samples) if layer in sums else None for layer in range(layers))
