@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from trimvlm.errors import UserError
 from trimvlm.schedule import Row, Schedule
-from trimvlm_export.lowerings import Operators, attention_weights, default_scale
+from trimvlm_export.operators import attention, attention_weights, repeat_heads, rms_norm, rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,26 +100,26 @@ class Mlp(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMS norm weights; the operation itself belongs to the lowering."""
+    """RMS norm; the name as in the checkpoint."""
 
-    def __init__(self, config: Any, ops: Operators) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
-        self.eps, self.ops = config.rms_norm_eps, ops
+        self.eps = config.rms_norm_eps
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        return self.ops.rms_norm(x_RD, self.weight, self.eps)
+        return rms_norm(x_RD, self.weight, self.eps)
 
 
 class Layer(nn.Module):
     """One decoder layer's weights; names as in the checkpoint."""
 
-    def __init__(self, config: Any, ops: Operators) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = Mlp(config)
-        self.input_layernorm = Norm(config, ops)
-        self.post_attention_layernorm = Norm(config, ops)
+        self.input_layernorm = Norm(config)
+        self.post_attention_layernorm = Norm(config)
 
 
 class Decoder(nn.Module):
@@ -128,27 +128,23 @@ class Decoder(nn.Module):
     Args:
         config: transformers' text config (`hidden_act` silu, gated MLP).
         schedule: resolved for this model.
-        ops: the lowering's operators.
         inv_freq: float32 [C/2], rotary frequencies as transformers computes them for this config.
         rope_scale: factor on cos and sin (transformers' `attention_scaling`).
     """
 
-    def __init__(
-        self, config: Any, schedule: Schedule, ops: Operators, inv_freq: Tensor, rope_scale: float
-    ) -> None:
+    def __init__(self, config: Any, schedule: Schedule, inv_freq: Tensor, rope_scale: float) -> None:
         super().__init__()
         if config.hidden_act != "silu":
             raise UserError(f"text_config.hidden_act: {config.hidden_act!r} is not supported, only 'silu'")
-        self.schedule, self.ops, self.rope_scale = schedule, ops, rope_scale
+        self.schedule, self.rope_scale = schedule, rope_scale
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.scale = default_scale(config.head_dim)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_hidden_layers))
-        self.norm = Norm(config, ops)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = Norm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("inv_freq", inv_freq.float(), persistent=False)
 
@@ -223,12 +219,10 @@ class Decoder(nn.Module):
         x = layer.input_layernorm(stream.hidden) if normed is None else normed
         cos, sin = self._rope(stream, past[0])
         if keys is None:
-            keys = self.ops.rope(self._heads(layer.self_attn.k_proj(x), self.kv_heads), cos, sin)
+            keys = rope(self._heads(layer.self_attn.k_proj(x), self.kv_heads), cos, sin)
         values = self._heads(layer.self_attn.v_proj(x), self.kv_heads)
         start = stream.visual if text_query else 0
-        queries = self.ops.rope(
-            self._heads(layer.self_attn.q_proj(x[start:]), self.heads), cos[start:], sin[start:]
-        )
+        queries = rope(self._heads(layer.self_attn.q_proj(x[start:]), self.heads), cos[start:], sin[start:])
         all_keys, all_values = torch.cat((past[0], keys), dim=2), torch.cat((past[1], values), dim=2)
         visible = self._visible(row, stream, past[0])
         out = self._attend(row, stream, visible, q=queries, k=all_keys, v=all_values)
@@ -253,30 +247,28 @@ class Decoder(nn.Module):
     ) -> Tensor:
         hides = row.live > 0 and "none" in (row.text_keys, row.visual_keys)
         if self.schedule.mask == "additive" or not hides:
-            return self.ops.attention(q, k, v, visible, self.scale)
+            return attention(q, k, v, visible)
         # VisiPruner: hidden keys take part in the softmax, then lose their weight (methods 2.4).
         rows = stream.hidden.shape[0]
         causal = _after_past(stream.causal[rows - q.shape[2] :], k.shape[2] - rows)
-        weights = attention_weights(q, k, causal, self.scale) * visible
-        heads = q.shape[1] // v.shape[1]
-        return weights.to(v.dtype) @ (v if heads == 1 else v.repeat_interleave(heads, dim=1))
+        weights = attention_weights(q, k, causal) * visible
+        return weights.to(v.dtype) @ repeat_heads(v, q.shape[1])
 
     def _own_scores(self, row: Row, stream: Stream, past_key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Auxiliary attention of the last row with this layer's own weights (HiDivDrop section 3.3)."""
         layer = self.layers[row.layer]
         x = layer.input_layernorm(stream.hidden)
         cos, sin = self._rope(stream, past_key)
-        keys = self.ops.rope(self._heads(layer.self_attn.k_proj(x), self.kv_heads), cos, sin)
+        keys = rope(self._heads(layer.self_attn.k_proj(x), self.kv_heads), cos, sin)
         # A gathered row has the static length 1; TensorRT-RTX refuses a slice of unknown length here.
         cos, sin = cos[-1].unsqueeze(0), sin[-1].unsqueeze(0)
-        query = self.ops.rope(self._heads(layer.self_attn.q_proj(x[-1:]), self.heads), cos, sin)
+        query = rope(self._heads(layer.self_attn.q_proj(x[-1:]), self.heads), cos, sin)
         all_keys = torch.cat((past_key, keys), dim=2)
         return x, keys, self._last_row_scores(query, all_keys, past_key.shape[2], stream.visual)
 
     def _last_row_scores(self, query: Tensor, keys: Tensor, past: int, visual: int) -> Tensor:
         """float32 [visual]: attention of one row, mean over heads."""
-        everything = torch.ones(1, keys.shape[2], dtype=torch.bool)
-        weights = attention_weights(query, keys, everything, self.scale).mean(dim=1)
+        weights = attention_weights(query, keys).mean(dim=1)
         return weights.reshape(-1)[past : past + visual]
 
     def _choose(self, row: Row, scores: Tensor, forced: Tensor, index: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import msgspec
 import torch
@@ -18,7 +17,6 @@ from trimvlm.bundle import (
     Dtype,
     Entry,
     File,
-    Lowering,
     Manifest,
     record,
     write_manifest,
@@ -59,10 +57,7 @@ def export(checkpoint: Path | str, profile: Profile, out: Path | str, *, dtype: 
     with _destination(out, new=before is None) as directory:
         source = Source.place(checkpoint, directory, dtype)
         vision = export_vision(source, profile.vision_taps)
-        decoders = {
-            lowering: export_decoder(source, profile.name, schedule, lowering)
-            for lowering in get_args(Lowering)
-        }
+        decoders = export_decoder(source, profile.name, schedule)
         profile_file = f"{profile.name}.profile.json"
         encoded = msgspec.json.format(msgspec.json.encode(profile), indent=2)
         write_whole(directory / profile_file, encoded + b"\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trimvlm.profile import VisionTaps
-from trimvlm_export.lowerings import OPERATORS
+from trimvlm_export.passes.primitive import OPSET
 from trimvlm_export.source import Source
 from trimvlm_export.trace import attach_weights, save, trace
 
@@ -33,7 +33,7 @@ def export_vision(source: Source, taps: VisionTaps) -> str:
         lambda _, dimension: dimension == 0,
         inputs={"pixel_values": ["images", 3, size, size]},
         outputs=outputs,
-        opset=OPERATORS["primitive"].opset,
+        opset=OPSET,  # one graph for every target,
     )
     attach_weights(model, weights, source.out)
     save(model, source.out / file)

@@ -109,15 +109,12 @@ def close(ours: Any, reference: Any) -> None:
     np.testing.assert_allclose(ours, reference, rtol=0, atol=TOLERANCE * max(1.0, np.abs(reference).max()))
 
 
-@pytest.mark.parametrize("lowering", ["fused", "primitive"])
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(choices=decisions(), images=st.integers(1, 2), seed=st.integers(0, 3))
-def test_decoder_equals_reference(
-    checkpoint: Path, lowering: Any, choices: Decisions, images: int, seed: int
-) -> None:
+def test_decoder_equals_reference(checkpoint: Path, choices: Decisions, images: int, seed: int) -> None:
     model, spec, source = loaded(checkpoint)
     schedule = resolve(choices, spec)
-    decoder = make_decoder(source.config, schedule, lowering)
+    decoder = make_decoder(source.config, schedule)
     source.load(decoder, decoder_names(source.family, source.config, decoder))
     inputs = tiny_inputs(checkpoint, images=images, seed=seed)
     with Reference(model, schedule) as reference, torch.no_grad():
@@ -156,7 +153,7 @@ def test_forced_indices_replace_the_selection(checkpoint: Path) -> None:
     schedule = resolve(
         Decisions(select=(Select(layer=1, keep=5, by=own), Select(layer=3, keep=2, by=own))), spec
     )
-    decoder = make_decoder(source.config, schedule, "primitive")
+    decoder = make_decoder(source.config, schedule)
     source.load(decoder, decoder_names(source.family, source.config, decoder))
     inputs = tiny_inputs(checkpoint)
     forced = [np.array([0, 3, 4, 9, 15]), np.array([3, 15])]
@@ -176,4 +173,4 @@ def test_unknown_activation_is_refused(checkpoint: Path) -> None:
     other = type(source.config).from_dict(source.config.to_dict())
     other.text_config.hidden_act = "gelu"
     with pytest.raises(UserError, match=r"hidden_act.*gelu.*silu"):
-        make_decoder(other, resolve(Decisions(), spec), "fused")
+        make_decoder(other, resolve(Decisions(), spec))

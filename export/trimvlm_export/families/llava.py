@@ -110,7 +110,7 @@ class Vision(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """pixel_values [I, 3, H, W] -> visual [I * N, D], then the taps: [I, N] each, then [I, S, E] each."""
-        hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixel_values))
+        hidden = self.tower.pre_layrnorm(self._embed(pixel_values))
         states, attentions = [hidden], {}
         for number, layer in enumerate(self.tower.encoder.layers):
             if number in self.taps.cls_attention:
@@ -123,6 +123,13 @@ class Vision(nn.Module):
         visual = self.projector(features).flatten(0, 1)
         taps = [attentions[n] for n in self.taps.cls_attention] + [states[n] for n in self.taps.features]
         return (visual, *taps)
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        """[I, S, E]. transformers looks positions up by number, which would be a second copy in the graph."""
+        embeddings = self.tower.embeddings
+        patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        cls = embeddings.class_embedding.expand(patches.shape[0], 1, -1)
+        return torch.cat((cls, patches), dim=1) + embeddings.position_embedding.weight
 
 
 def _cls_attention(layer: Any, hidden_ISE: Tensor) -> Tensor:
