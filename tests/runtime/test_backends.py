@@ -57,7 +57,7 @@ def test_arrays_that_do_not_fit_are_named(files: dict[str, Path]):
 
 
 def test_views_are_read_as_what_they_show(files: dict[str, Path]):
-    """ONNX Runtime reads the memory behind an array: a strided view must be copied first."""
+    """ONNX Runtime reads the memory behind an array; it must notice that a view is strided."""
     pixels = np.random.default_rng(0).normal(size=(1, 3, 4, 4)).astype(np.float16)
     view = pixels.transpose(0, 1, 3, 2)
     with load_backend("onnxruntime", files, {}) as backend:

@@ -94,11 +94,7 @@ class OnnxRuntimeCpu:
     ) -> dict[str, Any]:
         from onnxruntime import OrtValue
 
-        arrays = {
-            name: np.ascontiguousarray(value)
-            for name, value in feeds.items()
-            if isinstance(value, np.ndarray)
-        }
+        arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         check_feeds(self.inputs(role), arrays)
         values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         names = [*fetch, *keep]
