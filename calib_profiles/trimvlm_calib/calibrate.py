@@ -68,10 +68,9 @@ def calibrate(
             raise UserError(f"{key}: {error}") from None
     outcome = merge(outcomes)
     resolve(outcome.decisions, spec)
-    used = {key: msgspec.json.decode(msgspec.json.encode(value)) for key, value in settings.items()}
     return Profile(
         name=name or method,
-        method=MethodRecord(name=method, parameters=used if len(used) > 1 else used[method]),
+        method=method_record(method, parameters or {}),
         model=spec,
         decisions=outcome.decisions,
         calibration=Calibration(data=data_name, samples=len(drawn), seed=seed, curves=outcome.curves)
@@ -79,6 +78,17 @@ def calibrate(
         else None,
         needs_adapted_weights=outcome.needs_adapted_weights,
     )
+
+
+def method_record(method: str, parameters: Mapping[str, Any]) -> MethodRecord:
+    """What a Profile says of its method: the name, and every parameter with the value that was used.
+
+    Raises:
+        UserError: an unknown method or parameter.
+    """
+    settings = read_parameters(find(method), parameters)
+    used = {key: msgspec.json.decode(msgspec.json.encode(value)) for key, value in settings.items()}
+    return MethodRecord(name=method, parameters=used if len(used) > 1 else used[method])
 
 
 def read_parameters(methods: Mapping[str, Method], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def read_header(file: Path) -> list[Tensor]:
             raise UserError(
                 f"{file}: {name} ends at byte {end} of {total}; the file is cut short, fetch it again"
             )
-        dtype = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"]) or str(entry["dtype"])
         tensors.append(
             Tensor(
                 name=name,

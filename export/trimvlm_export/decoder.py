@@ -146,6 +146,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = Norm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.inv_freq: Tensor
         self.register_buffer("inv_freq", inv_freq.float(), persistent=False)
 
     def forward(  # noqa: PLR0917 - the order of the graph's inputs
@@ -204,6 +205,11 @@ class Decoder(nn.Module):
         logits = self.lm_head(self.norm(stream.hidden[-1:]))
         return logits.float(), present_key, present_value, selected, scores
 
+    def _weights(self, row: Row) -> Layer:
+        layer = self.layers[row.layer]
+        assert isinstance(layer, Layer)
+        return layer
+
     def _layer(
         self,
         row: Row,
@@ -214,7 +220,7 @@ class Decoder(nn.Module):
         keys: Tensor | None,
         score: bool,
     ) -> tuple[Stream, Tensor, Tensor, Tensor | None]:
-        layer = self.layers[row.layer]
+        layer = self._weights(row)
         text_query, text_ffn = row.query == "none" and row.live > 0, row.ffn == "none" and row.live > 0
         x = layer.input_layernorm(stream.hidden) if normed is None else normed
         cos, sin = self._rope(stream, past[0])
@@ -256,7 +262,7 @@ class Decoder(nn.Module):
 
     def _own_scores(self, row: Row, stream: Stream, past_key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Auxiliary attention of the last row with this layer's own weights (HiDivDrop section 3.3)."""
-        layer = self.layers[row.layer]
+        layer = self._weights(row)
         x = layer.input_layernorm(stream.hidden)
         cos, sin = self._rope(stream, past_key)
         keys = rope(self._heads(layer.self_attn.k_proj(x), self.kv_heads), cos, sin)

@@ -78,7 +78,7 @@ def attach_weights(model: ir.Model, weights: Mapping[str, Tensor], directory: Pa
             offset=tensor.offset,
             length=tensor.length,
             dtype=value.const_value.dtype,
-            shape=value.const_value.shape,
+            shape=ir.Shape(tensor.shape),
             name=name,
             base_dir=directory,
         )

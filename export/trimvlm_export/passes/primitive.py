@@ -27,6 +27,7 @@ def to_primitive(model: ir.Model) -> ir.Model:
         tape = Tape()
         result = expand(tape, node)
         old = node.outputs[0]
+        assert old.dtype is not None
         result.dtype, result.shape = old.dtype, old.shape
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], list(tape.nodes), [old], [result])
     model.graph.opset_imports[""] = OPSET
@@ -66,7 +67,8 @@ def attention(tape: Tape, node: ir.Node) -> ir.Value:
     """q [1, H, R, C], k and v [1, G, S, C], visible bool [R, S]; softmax in float32."""
     q, k, v, visible = _inputs(node, 4)
     assert q.shape is not None and k.shape is not None
-    heads, groups, size = int(q.shape[1]), int(k.shape[1]), int(q.shape[3])  # type: ignore[arg-type]
+    heads, groups, size = q.shape[1], k.shape[1], q.shape[3]
+    assert isinstance(heads, int) and isinstance(groups, int) and isinstance(size, int)
     k, v = (_repeat(tape, value, heads // groups, [1, heads, -1, size]) for value in (k, v))
     given = node.attributes.get("scale")
     scale = _float(tape, given.as_float() if given else size**-0.5)
@@ -99,6 +101,7 @@ def _repeat(tape: Tape, value: ir.Value, times: int, shape: list[int]) -> ir.Val
     one = tape.op("Unsqueeze", [value, _ints(tape, [2])])
     repeated = tape.op("Expand", [one, _ints(tape, [1, 1, times, 1, 1])])
     result = tape.op("Reshape", [repeated, _ints(tape, shape)])
+    assert value.dtype is not None
     result.dtype = value.dtype
     return result
 
