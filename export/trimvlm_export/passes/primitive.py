@@ -51,8 +51,9 @@ def rms_norm(tape: Tape, node: ir.Node) -> ir.Value:
 def rope(tape: Tape, node: ir.Node) -> ir.Value:
     """x [1, H, R, C], cos and sin [1, R, C/2]; the halves of C are rotated."""
     x, cos, sin = _inputs(node, 3)
-    assert x.shape is not None and isinstance(x.shape[3], int)
-    half = int(x.shape[3]) // 2
+    size = x.shape[3] if x.shape is not None else None
+    assert isinstance(size, int)
+    half = size // 2
     first, second = (
         tape.op("Slice", [x, _ints(tape, [start]), _ints(tape, [start + half]), _ints(tape, [3])])
         for start in (0, half)
