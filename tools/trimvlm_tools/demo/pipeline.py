@@ -21,7 +21,7 @@ from trimvlm_export.export import export
 from trimvlm_tools.demo.measure import Measured, measure, survivors
 from trimvlm_tools.demo_data import write_samples
 from trimvlm_tools.demo_model import CHECKPOINT
-from trimvlm_tools.parity.check import check
+from trimvlm_tools.parity.check import HuggingFace, check
 
 # Methods with the parameters in which the demo model needs others than published: it has 12 layers, and the
 # first three do not know yet what the question asks for.
@@ -82,7 +82,7 @@ def demo(out: Path, *, questions: int, step: Callable[[str], None] = lambda line
     calibration = load_samples(write_samples(out / "calibration", "calib", CALIBRATION))
     held_out = load_samples(write_samples(out / "held-out", "test", questions))
     bundle_dir = out / "bundle"
-    results = []
+    hf, results = None, []
     for method in METHODS:
         profile = _profile(out, method, calibration, spec)
         step(f"{method}: profile")
@@ -91,7 +91,8 @@ def demo(out: Path, *, questions: int, step: Callable[[str], None] = lambda line
         build(bundle_dir, "ort-cpu", profile.name)
         step(f"{method}: graphs")
         bundle = Bundle(bundle_dir)
-        parity = check(bundle, profile.name, draw(held_out, PARITY, seed=0), data="demo")
+        hf = hf or HuggingFace(bundle)
+        parity = check(bundle, profile.name, draw(held_out, PARITY, seed=0), data="demo", hf=hf)
         step(f"{method}: parity {parity.verdict}")
         measured = measure(bundle, profile.name, held_out)
         step(f"{method}: {measured.exact_match:.1%} exact match")

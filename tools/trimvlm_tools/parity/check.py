@@ -28,6 +28,7 @@ def check(
     max_new_tokens: int = 16,
     advance: Callable[[str], None] = lambda step: None,
     goldens: int = 0,
+    hf: HuggingFace | None = None,
 ) -> ParityReport:
     """Climbs the ladder.
 
@@ -38,6 +39,7 @@ def check(
         data: their name, for the report.
         max_new_tokens: length of the greedy answers, and of what is teacher-forced.
         advance: called after each question.
+        hf: the bundle's checkpoint, where it is loaded already.
         goldens: so many of the questions are kept in the bundle as goldens, if the verdict is PASS.
 
     Returns:
@@ -47,7 +49,7 @@ def check(
     manifest = bundle.manifest
     schedule = Schedule.resolve(bundle.profile(name), manifest.model)
     dense = resolve(Decisions(), manifest.model)
-    hf = HuggingFace(bundle)
+    hf = hf or HuggingFace(bundle)
     limits = LIMITS[manifest.dtype]
     plain, free, forced = (Worst(LIMITS["float32"]), Worst(limits), Worst(limits))
     effect_kl, effect_tokens, pixels = [], 0, 0.0
@@ -55,8 +57,7 @@ def check(
     with Session.open(bundle, name) as session:
         for question in questions:
             inputs = hf.inputs(question)
-            untouched = hf.generate(inputs, max_new_tokens)
-            dense_answer = hf.reference(inputs, dense, max_new_tokens)
+            untouched, dense_answer = hf.dense(question, dense, max_new_tokens)
             plain.add(replace(dense_answer, kv=[]), untouched)
             wanted = hf.reference(inputs, schedule, max_new_tokens) if schedule != dense else dense_answer
             effect_kl.append(kl(dense_answer.logits[:1], wanted.logits[:1]))
@@ -114,6 +115,16 @@ class HuggingFace:
         self.model: Any = LlavaForConditionalGeneration.from_pretrained(
             directory, dtype="float32", local_files_only=True
         ).eval()
+        self._dense: dict[Any, tuple[Answer, Answer]] = {}
+
+    def dense(self, question: Sample, dense: Schedule, max_new_tokens: int) -> tuple[Answer, Answer]:
+        """Plain `generate` and the reference with nothing pruned; the same for every profile, so kept."""
+        key = (question.image, question.question, max_new_tokens)
+        if key not in self._dense:
+            inputs = self.inputs(question)
+            plain = self.generate(inputs, max_new_tokens)
+            self._dense[key] = plain, self.reference(inputs, dense, max_new_tokens)
+        return self._dense[key]
 
     def inputs(self, question: Sample) -> dict[str, Any]:
         """What the processor makes of a question."""

@@ -63,15 +63,17 @@ def from_reference(bundle: Bundle, names: list[str], args: argparse.Namespace) -
     """Climbs the whole ladder."""
     from trimvlm_calib.samples import draw, load_samples
     from trimvlm_tools.demo_data import demo_samples
-    from trimvlm_tools.parity.check import check
+    from trimvlm_tools.parity.check import HuggingFace, check
 
-    reports = []
+    reports, hf = [], HuggingFace(bundle)
     with demo_samples(args.data, "test", args.samples) as folder:
         questions = draw(load_samples(folder), args.samples, seed=0)
         for name in names:
             with console.progress(f"check {name}", total=len(questions)) as advance:
                 goldens = GOLDENS if args.write_goldens else 0
-                report = check(bundle, name, questions, data=args.data, advance=advance, goldens=goldens)
+                report = check(
+                    bundle, name, questions, data=args.data, advance=advance, goldens=goldens, hf=hf
+                )
                 reports.append(report)
                 bundle = Bundle(args.bundle)  # its manifest may have gained goldens
     return reports
