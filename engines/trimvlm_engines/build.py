@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from trimvlm.bundle import Bundle, Engine, Entry, Manifest
 from trimvlm.errors import UserError
@@ -32,13 +32,22 @@ class Part(Value, frozen=True, kw_only=True):
         graph: file of the graph in the bundle.
         plan: file that the plan gets.
         ranges: shape ranges of its inputs.
-        sources: what the plan is made of; hashes of everything that goes into it.
+        sources: hashes of everything that goes into it.
     """
 
     graph: str
     plan: str
     ranges: dict[str, ShapeRange]
     sources: dict[str, Any]
+
+
+class Made(NamedTuple):
+    """A part that can run: what the Engine says of it, and the plan where one was built just now."""
+
+    graph: str
+    options: dict[str, Any]
+    measured: dict[str, float]
+    plan: record.PlanFile | None = None
 
 
 def build(
@@ -65,49 +74,30 @@ def build(
     """
     directory, tell = Path(directory), tell or _log
     target = target if isinstance(target, Target) else targets.load(target)
-    with record.building(directory, target.name), ExitStack() as plans_left:
+    with record.building(directory, target.name), ExitStack() as unpublished:
         bundle = record.open_bundle(directory)
         name, entry = bundle.entry(profile)
         check(bundle, target)
         library = open_library(target)
-        graphs: dict[str, str] = {}
-        options: dict[str, Any] = {}
-        measured: dict[str, float] = {}
-        plans: dict[str, record.PlanFile] = {}
+        made: dict[Role, Made] = {}
         for role, part in parts(bundle, name, entry, target).items():
-            wanted = {**part.sources, **library.options}
-            if library.writes_plans:
-                wanted["ranges"] = plain(part.ranges)
-            known = find(bundle.manifest, target, library, role, wanted)
-            if known:
-                tell(role, "up to date")
-                graphs[role], options[role] = known.graphs[role], known.options[role]
-                measured |= {key: value for key, value in known.measured.items() if key.startswith(role)}
-                continue
-            tell(role, "building")
-            started = time.perf_counter()
-            if library.writes_plans:
-                with record.PlanFile(directory / part.plan) as plan:
-                    plans_left.callback(plan.discard)
-                    chosen = library.make(bundle.path(part.graph), part.ranges, bundle.manifest.dtype, plan)
-                graphs[role], plans[part.plan] = part.plan, plan
-                measured[f"{role}_bytes"] = plan.bytes
+            found = find(bundle.manifest, target, library, role, part)
+            if found is None:
+                tell(role, "building")
+                made[role] = make(bundle, library, role, part, unpublished)
             else:
-                chosen = library.make(bundle.path(part.graph), part.ranges, bundle.manifest.dtype, None)
-                graphs[role] = part.graph
-            options[role] = {**wanted, **chosen}
-            measured[f"{role}_seconds"] = round(time.perf_counter() - started, 3)
-            tell(role, "built")
+                made[role] = found
+            tell(role, "built" if found is None else "up to date")
         engine = Engine(
             target=target.name,
             backend=target.backend,
             version=library.version,
-            graphs=graphs,
+            graphs={role: part.graph for role, part in made.items()},
             profile_digest=bundle.profile(name).digest,
-            options=options,
-            measured=measured,
+            options={role: part.options for role, part in made.items()},
+            measured={key: value for part in made.values() for key, value in part.measured.items()},
         )
-        record.add_engine(directory, name, engine, plans)
+        record.add_engine(directory, name, engine, [part.plan for part in made.values() if part.plan])
     return engine
 
 
@@ -164,19 +154,45 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
     }
 
 
-def find(
-    manifest: Manifest, target: Target, library: Library, role: Role, wanted: Mapping[str, Any]
-) -> Engine | None:
-    """An Engine of this bundle, of any profile, whose part `role` is what a build would make now."""
+def wanted_options(part: Part, library: Library) -> dict[str, Any]:
+    """What decides how a part comes out; a plan that was made of anything else is stale."""
+    ranges = {"ranges": plain(part.ranges)} if library.writes_plans else {}
+    return {**part.sources, **library.options, **ranges}
+
+
+def find(manifest: Manifest, target: Target, library: Library, role: Role, part: Part) -> Made | None:
+    """A part that this bundle already has, of any profile, and that a build would make again."""
+    wanted = wanted_options(part, library)
     for entry in manifest.profiles.values():
         engine = entry.engines.get(target.name)
-        if (
-            engine
-            and (engine.backend, engine.version) == (target.backend, library.version)
-            and all(engine.options.get(role, {}).get(key) == value for key, value in wanted.items())
-        ):
-            return engine
+        if engine is None or (engine.backend, engine.version) != (target.backend, library.version):
+            continue
+        options = engine.options.get(role, {})
+        if "plan" in options and options["plan"] != manifest.files[engine.graphs[role]].sha256:
+            continue  # another profile's build has replaced the plan they share
+        if all(options.get(key) == value for key, value in wanted.items()):
+            measured = {key: value for key, value in engine.measured.items() if key.startswith(role)}
+            return Made(engine.graphs[role], options, measured)
     return None
+
+
+def make(bundle: Bundle, library: Library, role: Role, part: Part, unpublished: ExitStack) -> Made:
+    """Builds one part. Its plan is discarded when `unpublished` closes before it was published."""
+    started = time.perf_counter()
+    graph, dtype = bundle.path(part.graph), bundle.manifest.dtype
+    plan = None
+    if library.writes_plans:
+        with record.PlanFile(bundle.directory / part.plan) as plan:
+            unpublished.callback(plan.discard)
+            chosen = library.make(graph, part.ranges, dtype, plan)
+    else:
+        chosen = library.make(graph, part.ranges, dtype, None)
+    measured: dict[str, float] = {f"{role}_seconds": round(time.perf_counter() - started, 3)}
+    if plan:
+        measured[f"{role}_bytes"] = plan.file.bytes
+        chosen["plan"] = plan.file.sha256
+    file = part.plan if plan else part.graph
+    return Made(file, {**wanted_options(part, library), **chosen}, measured, plan)
 
 
 def _log(role: Role, state: State) -> None:

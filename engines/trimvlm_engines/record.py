@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +61,11 @@ class PlanFile:
     def publish(self) -> File:
         """Gives the plan its name; the caller records it in the manifest in the same breath."""
         self._part.replace(self.path)
+        return self.file
+
+    @property
+    def file(self) -> File:
+        """Size and hash of what has been written."""
         return File(bytes=self.bytes, sha256=self._digest.hexdigest())
 
     def discard(self) -> None:
@@ -99,14 +104,14 @@ def change_manifest(directory: Path, change: Callable[[Manifest], Manifest]) -> 
             write_manifest(directory, after)
 
 
-def add_engine(directory: Path, profile: str, engine: Engine, plans: dict[str, PlanFile]) -> None:
+def add_engine(directory: Path, profile: str, engine: Engine, plans: Sequence[PlanFile]) -> None:
     """Publishes plans and records the Engine that uses them."""
 
     def change(manifest: Manifest) -> Manifest:
         entry = manifest.profiles.get(profile)
         if entry is None:
             raise UserError(f"{directory}: profile {profile} was removed during the build; export it again")
-        files = {name: plan.publish() for name, plan in plans.items()}
+        files = {plan.path.name: plan.publish() for plan in plans}
         entry = msgspec.structs.replace(entry, engines={**entry.engines, engine.target: engine})
         return msgspec.structs.replace(
             manifest,

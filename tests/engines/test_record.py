@@ -26,7 +26,7 @@ from trimvlm_engines import record
 for number in range(25):
     target = f"{sys.argv[2]}-{number}"
     engine = Engine(target=target, backend="none", version="0", graphs={}, profile_digest="")
-    record.add_engine(Path(sys.argv[1]), "dense", engine, {})
+    record.add_engine(Path(sys.argv[1]), "dense", engine, [])
 """
 
 KILLED_WHILE_WRITING = """
@@ -115,7 +115,7 @@ def with_plan(bundle: Path) -> Path:
         plan.write(b"plan")
     graphs = {"decoder": "dense.card.decoder.engine"}
     engine = Engine(target="card", backend="none", version="0", graphs=graphs, profile_digest="")
-    record.add_engine(bundle, "dense", engine, {"dense.card.decoder.engine": plan})
+    record.add_engine(bundle, "dense", engine, [plan])
     return bundle / "dense.card.decoder.engine"
 
 
@@ -139,4 +139,4 @@ def test_lost_weights_stay_an_error(bundle: Path) -> None:
 def test_profile_that_went_away_during_the_build(bundle: Path) -> None:
     engine = Engine(target="card", backend="none", version="0", graphs={}, profile_digest="")
     with pytest.raises(UserError, match="profile gone was removed during the build"):
-        record.add_engine(bundle, "gone", engine, {})
+        record.add_engine(bundle, "gone", engine, [])

@@ -137,6 +137,20 @@ def test_other_limits_make_plans_stale(bundle: Path) -> None:
     assert told == [("vision", "up to date"), ("decoder", "building"), ("decoder", "built")]
 
 
+def test_plan_that_another_profile_has_replaced_is_not_taken_for_the_old_one(bundle: Path) -> None:
+    """Profiles share the vision plan; a build with other limits replaces it under the same name."""
+    card = targets.load("rtx-4090")
+    one = msgspec.structs.replace(card, limits=msgspec.structs.replace(card.limits, images=1))
+    build(bundle, card, "dense")
+    build(bundle, card, "vtw")
+    build(bundle, one, "dense")
+    told: list[tuple[str, str]] = []
+    engine = build(bundle, card, "vtw", tell=lambda *pair: told.append(pair))
+    assert ("vision", "built") in told and ("decoder", "up to date") in told
+    assert engine.options["vision"]["ranges"]["pixel_values"][2] == [2, 3, 32, 32]
+    Bundle(bundle).verify()
+
+
 def test_failed_build_leaves_nothing(bundle: Path, contents: Contents) -> None:
     """The vision plan is built by then, and must not stay either."""
     graph = bundle / "dense.decoder.fused.onnx"
