@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hidivdrop": {"eta": 0.02},
     "fastv+v-skip": {"fastv.layer": 3},
 }
-CALIBRATION, PARITY = 200, 20  # questions to calibrate from, and questions that parity asks
+CALIBRATION, PARITY = 10, 20  # questions: one of each kind to calibrate on, two of each to check parity
 
 
 class MethodResult(Value, frozen=True, kw_only=True):
@@ -126,7 +126,7 @@ def _profile(out: Path, method: str, calibration: Sequence[Sample], spec: Any) -
         if known.model == spec and known.method == method_record(method, METHODS[method]):
             return known
     path.parent.mkdir(parents=True, exist_ok=True)
-    profile = calibrate(CHECKPOINT, method, calibration, METHODS[method], data_name="demo")
+    profile = calibrate(CHECKPOINT, method, calibration, METHODS[method], data_name="demo", count=CALIBRATION)
     files.save_profile(profile, path)
     return profile
 
