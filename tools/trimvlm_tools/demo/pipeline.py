@@ -62,6 +62,7 @@ class DemoResult(Value, frozen=True, kw_only=True):
     questions: int
     text: int
     example: str
+    question: str
     machine: dict[str, Any]
 
 
@@ -114,6 +115,7 @@ def demo(out: Path, *, questions: int, step: Callable[[str], None] = lambda line
         questions=questions,
         text=results[0].measured.text_rows,
         example=str(held_out[0].image),
+        question=held_out[0].question,
         machine=machine(),
     )
 

@@ -8,7 +8,6 @@ import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 from trimvlm_tools.console import table
 from trimvlm_tools.demo.figures import accuracy_figure, curve_figure, survivor_figure
@@ -80,8 +79,7 @@ def write_report(result: DemoResult, path: Path) -> None:
         + "</tr>"
         for line in rows(result)
     )
-    with Image.open(result.example) as image:
-        pictures = embedded(survivor_figure(result.methods, image))
+    pictures = embedded(survivor_figure(result))
     curves = "".join(
         f"<h3>{html.escape(method.profile.name)}</h3>{embedded(figure)}"
         for method in result.methods
@@ -98,7 +96,7 @@ decoder, MAC2, relative to dense. Selection is part of the decoder graph, so it 
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 <h2>Accuracy against FLOPs</h2>{embedded(accuracy_figure(result))}
 <h2>Which visual tokens survive</h2>
-<p>For one held-out question. Faded patches are gone from the layers named above each picture.</p>{pictures}
+<p>Methods that drop tokens, for one held-out question. Faded patches are gone from the layers named above each picture.</p>{pictures}
 <h2>What calibration measured</h2>{curves}
 <h2>Parity</h2><pre>{parity}</pre>
 </body></html>
@@ -108,8 +106,7 @@ decoder, MAC2, relative to dense. Selection is part of the decoder graph, so it 
 
 def write_pictures(result: DemoResult, directory: Path) -> None:
     """The two pictures of the README."""
-    with Image.open(result.example) as image:
-        survivor_figure(result.methods, image).savefig(directory / "survivors.png", dpi=110)
+    survivor_figure(result).savefig(directory / "survivors.png", dpi=110)
     accuracy_figure(result).savefig(directory / "accuracy.png", dpi=130)
 
 
