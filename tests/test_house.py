@@ -178,6 +178,6 @@ def test_the_documented_profile_is_one() -> None:
     text = (ROOT / "docs/profile.md").read_text("utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     profile = to_profile(yaml.safe_load(block), source="docs/profile.md")
-    assert Schedule.resolve(profile, profile.model).mean_visual_tokens == 1372 / 12
+    assert Schedule.resolve(profile, profile.model).mean_visual_tokens == 122.5
     for field in (*profile.decisions.__struct_fields__, *profile.decisions.layers[0].__struct_fields__):
         assert f"`{field}`" in text

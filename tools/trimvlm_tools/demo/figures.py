@@ -15,7 +15,7 @@ FADE = 0.85  # how far a dropped patch fades to white
 
 
 def survivor_figure(result: DemoResult) -> Figure:
-    """One row per method that drops tokens: the image with the patches that are alive in each run of layers."""
+    """One row per method that drops tokens: the image with the patches alive in each run of layers."""
     results = [method for method in result.methods if len(method.stages) > 1]
     with Image.open(result.example) as opened:
         image = opened.convert("RGB")

@@ -96,7 +96,8 @@ decoder, MAC2, relative to dense. Selection is part of the decoder graph, so it 
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 <h2>Accuracy against FLOPs</h2>{embedded(accuracy_figure(result))}
 <h2>Which visual tokens survive</h2>
-<p>Methods that drop tokens, for one held-out question. Faded patches are gone from the layers named above each picture.</p>{pictures}
+<p>Methods that drop tokens, for one held-out question. Faded patches are gone from the layers named above
+each picture.</p>{pictures}
 <h2>What calibration measured</h2>{curves}
 <h2>Parity</h2><pre>{parity}</pre>
 </body></html>
