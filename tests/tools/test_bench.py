@@ -282,7 +282,6 @@ def test_the_whole_command_on_the_tiny_geometry(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = [
         "--profiles",
-        "v-skip",
         "hidivdrop",
         "--against",
         "transformers",
