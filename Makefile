@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	$(BIN)/trimvlm demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
