@@ -17,6 +17,7 @@ from trimvlm_tools.bench.decisions import bench_profiles, method_decisions
 from trimvlm_tools.bench.feeds import peer_feeds, prefill_feeds
 from trimvlm_tools.bench.geometry import GEOMETRIES, IMAGE, Geometry, find_geometry, make_checkpoint
 from trimvlm_tools.bench.harness import Contender, Race, Spread, graph_contender, race
+from trimvlm_tools.bench.machine import fingerprint
 from trimvlm_tools.bench.memory import parse_kernel_fields, phases
 from trimvlm_tools.bench.prefill import contests
 from trimvlm_tools.bench.report import Bar, Report, as_text
@@ -220,6 +221,16 @@ def test_a_process_that_dies_while_its_memory_is_measured_is_an_error():
 def test_a_bar_that_was_not_measured_is_not_a_pass():
     bars = [Bar(what="x", measured=m, at_most=1.1) for m in (None, 1.1, 1.2)]
     assert [bar.verdict for bar in bars] == ["not measured", "pass", "MISSED"]
+
+
+@pytest.mark.parametrize(("others", "warns"), [(None, False), (0.02, False), (0.5, True)])
+def test_a_report_from_a_busy_machine_says_so(others, warns):
+    report = Report(
+        machine=fingerprint(), threads=2, runs=3, others_busy=others, failed={"b": "exit code 1: no"}
+    )
+    text = as_text(report)
+    assert ("NOT QUIET" in text) == warns
+    assert "b FAILED: exit code 1: no" in text and not report.good
 
 
 def test_geometry_makes_a_checkpoint_that_loads_and_answers(tmp_path):

@@ -47,6 +47,8 @@ class Contest(Value, frozen=True, kw_only=True):
     Attributes:
         seconds: wall-clock time.
         time_ratio: to dense, round by round.
+        cpu_ratio: processor time to dense, round by round; with one thread (no busy waiting) it holds on a
+            busy machine as well.
         flops, flops_ratio: of all that the graph computes, and that over dense.
         overhead: median of `time_ratio` over `flops_ratio`: 1 if time follows FLOPs.
         cores: processors kept busy during its runs (median).
@@ -56,6 +58,7 @@ class Contest(Value, frozen=True, kw_only=True):
     method: str
     seconds: Spread
     time_ratio: Spread
+    cpu_ratio: Spread
     flops: Flops
     flops_ratio: float
     overhead: float
@@ -69,13 +72,14 @@ class AgainstPeer(Value, frozen=True, kw_only=True):
     Attributes:
         peer: its name and settings.
         seconds: the peer's wall-clock time.
-        time_ratio: our dense graph's time over the peer's, round by round.
+        time_ratio, cpu_ratio: our dense graph's time over the peer's, round by round.
         largest_difference: of the logits of the last row, relative to the largest logit.
     """
 
     peer: str
     seconds: Spread
     time_ratio: Spread
+    cpu_ratio: Spread
     cores: float
     largest_difference: float
 
@@ -157,6 +161,7 @@ def contests(result: Race, profiles: Mapping[str, Profile], text: int) -> list[C
                 method=name,
                 seconds=result.spread(name),
                 time_ratio=time_ratio,
+                cpu_ratio=result.ratio(name, DENSE, "cpu_seconds"),
                 flops=cost,
                 flops_ratio=flops_ratio,
                 overhead=time_ratio.median / flops_ratio,
@@ -187,6 +192,7 @@ def against_peer(result: Race, checkpoint: Path, work: Path) -> AgainstPeer:
         peer=f"{PEER}, {', '.join(f'{key}={value}' for key, value in peer.SETTINGS.items())}",
         seconds=result.spread(PEER),
         time_ratio=result.ratio(DENSE, PEER),
+        cpu_ratio=result.ratio(DENSE, PEER, "cpu_seconds"),
         cores=result.cores(PEER),
         largest_difference=difference,
     )

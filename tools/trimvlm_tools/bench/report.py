@@ -12,6 +12,7 @@ from trimvlm_tools.bench.stages import Steps
 from trimvlm_tools.console import table
 
 OVERHEAD, PEER_TIME, RESIDENT, DISK = 1.10, 1.05, 1.3, 1.02  # at most
+QUIET = 0.1  # processors that other work may keep busy before the report warns
 
 
 class Bar(Value, frozen=True, kw_only=True):
@@ -97,6 +98,9 @@ def as_text(report: Report) -> str:
 
 def _machine(report: Report) -> str:
     machine = report.machine
+    warning = ""
+    if report.others_busy is not None and report.others_busy > QUIET:
+        warning = "\nNOT QUIET: other work took part of the processors; do not rely on these times"
     load = f"{machine.load[0]:.2f}" if machine.load else "unknown"
     others = "unknown" if report.others_busy is None else f"{report.others_busy:.2f} processors"
     memory = "unknown" if machine.memory_bytes is None else f"{machine.memory_bytes / 2**30:.0f} GiB"
@@ -105,7 +109,7 @@ def _machine(report: Report) -> str:
         f"governor {machine.governor or 'unknown'}, {memory}; "
         f"onnxruntime {machine.versions.get('onnxruntime', 'none')}\n"
         f"{report.threads} threads, {report.runs} counted rounds; load before {load}, "
-        f"busy with other work {others}"
+        f"busy with other work {others}{warning}"
     )
 
 
