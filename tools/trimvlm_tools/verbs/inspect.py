@@ -159,7 +159,7 @@ def profile_text(report: dict[str, Any]) -> str:
     model, flops, kv = report["model"], report["flops"], report["kv"]
     lines = [
         f"profile {report['name']}: method {report['method']['name']}"
-        + "".join(f", {name}={_parameter(value)}" for name, value in report["method"]["parameters"].items()),
+        + "".join(f", {setting}" for setting in _settings(report["method"]["parameters"])),
         f"model: {model['family']}, {model['layers']} layers, width {model['hidden']}, FFN {model['ffn']}, "
         f"{model['heads']}/{model['kv_heads']} heads of {model['head_dim']}, "
         f"{model['visual_tokens']} visual tokens per image",
@@ -221,8 +221,21 @@ def _remark(layer: dict[str, Any]) -> str:
     return f"selects {select['keep']} of {select['from']} by {select['by']}" if select else ""
 
 
-def _parameter(value: Any) -> str:
-    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
+def _settings(parameters: dict[str, Any], owner: str = "") -> list[str]:
+    """As `calibrate --set` takes them, numbers with four digits."""
+    lines: list[str] = []
+    for name, value in parameters.items():
+        if isinstance(value, dict):
+            lines += _settings(value, f"{name}.")
+        elif isinstance(value, (list, tuple)):
+            lines.append(f"{owner}{name}=[{', '.join(map(_short, value))}]")
+        else:
+            lines.append(f"{owner}{name}={_short(value)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _scaled(count: int) -> str:
