@@ -50,13 +50,14 @@ def accuracy_figure(result: DemoResult) -> Figure:
     """Exact match against FLOPs, one point per method."""
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    offsets = ((4, 5), (4, -12))  # neighbours on different sides
+    sides = (("left", (4, 5)), ("right", (-2, -13)))  # neighbours on different sides
     text: Any = {"textcoords": "offset points", "fontsize": 8}
     ordered = sorted(result.methods, key=lambda method: method.flops_ratio)
     for number, method in enumerate(ordered):
         x, y = 100 * method.flops_ratio, 100 * method.measured.exact_match
+        side, offset = sides[number % 2]
         axis.plot(x, y, "o", color="tab:blue" if method.profile.name == "dense" else "tab:orange")
-        axis.annotate(method.profile.name, (x, y), xytext=offsets[number % 2], **text)
+        axis.annotate(method.profile.name, (x, y), xytext=offset, ha=side, **text)
     axis.set_xlabel("prefill FLOPs, % of dense (MAC2)")
     axis.set_ylabel("exact match, %")
     axis.set_xlim(0, 112)
