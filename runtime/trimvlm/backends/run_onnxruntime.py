@@ -44,6 +44,8 @@ def open_backend(
         made = onnxruntime.SessionOptions()
         made.intra_op_num_threads = threads or 0
         made.log_severity_level = 3
+        # Shapes change from run to run, so a remembered pattern would only hold memory.
+        made.enable_mem_pattern = False
         if low_memory:
             made.add_session_config_entry("session.disable_prepacking", "1")
         if role != "decoder":
@@ -92,13 +94,16 @@ class OnnxRuntimeCpu:
     def run(
         self, role: str, feeds: Mapping[str, Any], fetch: Sequence[str], keep: Sequence[str] = ()
     ) -> dict[str, Any]:
-        from onnxruntime import OrtValue
+        from onnxruntime import OrtValue, RunOptions
 
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         check_feeds(self.inputs(role), arrays)
         values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         names = [*fetch, *keep]
-        results = self.sessions[role].run_with_ort_values(names, {**feeds, **values})
+        once = RunOptions()
+        if role == "vision":  # its scratch memory is of no use while the decoder runs
+            once.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        results = self.sessions[role].run_with_ort_values(names, {**feeds, **values}, once)
         return {
             name: result.numpy() if name in fetch else result
             for name, result in zip(names, results, strict=True)
