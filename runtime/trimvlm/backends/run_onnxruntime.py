@@ -94,13 +94,14 @@ class OnnxRuntimeCpu:
     def run(
         self, role: str, feeds: Mapping[str, Any], fetch: Sequence[str], keep: Sequence[str] = ()
     ) -> dict[str, Any]:
-        from onnxruntime import OrtValue, RunOptions
+        import onnxruntime
+        from onnxruntime import OrtValue
 
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         check_feeds(self.inputs(role), arrays)
         values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         names = [*fetch, *keep]
-        once = RunOptions()
+        once: Any = getattr(onnxruntime, "RunOptions")()  # noqa: B009 its stubs do not name it
         if role == "vision":  # its scratch memory is of no use while the decoder runs
             once.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         results = self.sessions[role].run_with_ort_values(names, {**feeds, **values}, once)
