@@ -157,3 +157,17 @@ def test_impossible_targets_are_refused(fields: dict[str, Any], message: str) ->
 )
 def test_versions(versions: str, version: str, allowed: bool) -> None:
     assert Target(**CPU | {"versions": versions}).allows(version) is allowed
+
+
+def test_targets_take_the_versions_that_ci_runs() -> None:
+    pins = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    found = [line.partition(";")[0].strip().split("==") for line in pins if "==" in line]
+    versions = {name: [pin[1] for pin in found if pin[0] == name] for name in ("onnxruntime", "tensorrt_rtx")}
+    assert all(versions.values())
+    refused = [
+        (target.name, version)
+        for target in targets.shipped()
+        for version in versions.get(target.backend, [])
+        if not target.allows(version)
+    ]
+    assert not refused
