@@ -46,6 +46,9 @@ class TensorRtRtx:
         decomposed only where the builder finds no kernel (measured: head size 8), and the result says which.
         """
         assert sink is not None
+        if self._target.lowering == "primitive":
+            self._build(graph, ranges, sink, "fused")
+            return {"attention": "primitive"}
         attention: Attention = "decomposed" if dtype == "float32" else "fused"
         try:
             self._build(graph, ranges, sink, attention)

@@ -100,6 +100,15 @@ def test_every_method_builds(built: Path, method: str) -> None:
     assert plan.stat().st_size > sum(4 * np.prod(tensor.dims) for tensor in external)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_primitive_decoders_build_too(bundle: Path, method: str) -> None:
+    """The lowering for TensorRT 10.3, by the nearest builder that runs here."""
+    card = msgspec.structs.replace(targets.load("rtx-4090"), name="plain", lowering="primitive")
+    engine = build(bundle, card, method)
+    assert engine.options["decoder"]["attention"] == "primitive"
+    assert Bundle(bundle).path(engine.graphs["decoder"]).stat().st_size == engine.measured["decoder_bytes"]
+
+
 @pytest.mark.parametrize("target", ["rtx-3060", "rtx-3090", "rtx-4070", "rtx-5090"])
 def test_every_card_builds(bundle: Path, target: str) -> None:
     engine = build(bundle, target, "hidivdrop")

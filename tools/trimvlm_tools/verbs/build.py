@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             role,
             "up to date" if kept[name][role] else "built",
             engine.graphs[role],
-            engine.measured.get(f"{role}_bytes"),
+            _whole(engine.measured.get(f"{role}_bytes")),
             engine.measured.get(f"{role}_seconds"),
         )
         for name, engine in engines.items()
@@ -61,3 +61,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{target.name}: {target.device}, {target.backend} {next(iter(engines.values())).version}")
     print(console.table(("profile", "part", "state", "file", "bytes", "seconds"), rows))
     return 0
+
+
+def _whole(number: float | None) -> int | None:
+    """The manifest keeps measurements as floats; bytes are shown in full."""
+    return None if number is None else int(number)
