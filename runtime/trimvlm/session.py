@@ -172,13 +172,15 @@ class Session:
         ports, outputs = self._backend.inputs("vision"), self._backend.outputs("vision")
         (pixel_port,) = ports.values()
         width = self.bundle.manifest.model.hidden
-        rows = [np.zeros((0, width), outputs["visual"].dtype)]
+        rows = []
         for image in images:
             pixels = self._pixels(image)
             feeds = {name: pixels[None].astype(pixel_port.dtype, copy=False) for name in ports}
             visual = self._backend.run("vision", feeds, ["visual"])["visual"]
             rows.append(visual.reshape(-1, width))
-        return np.concatenate(rows)
+        if len(rows) == 1:
+            return rows[0]
+        return np.concatenate(rows) if rows else np.zeros((0, width), outputs["visual"].dtype)
 
     def prefill(
         self, prompt: Prompt, visual_ND: NDArray[np.floating], forced: Sequence[NDArray[np.int64]] = ()
