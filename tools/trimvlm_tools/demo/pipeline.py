@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hidivdrop": {"eta": 0.02},
     "fastv+v-skip": {"fastv.layer": 3},
 }
-CALIBRATION, PARITY = 10, 20  # questions: one of each kind to calibrate on, two of each to check parity
+CALIBRATION, PARITY = 20, 20  # questions: two of each kind to calibrate on, two of each to check parity
 
 
 class MethodResult(Value, frozen=True, kw_only=True):
