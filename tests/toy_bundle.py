@@ -33,15 +33,8 @@ from trimvlm.bundle import (
     write_manifest,
     write_whole,
 )
-from trimvlm.profile import (
-    Decisions,
-    LastRowAttention,
-    LayerRule,
-    Method,
-    ModelSpec,
-    Profile,
-    Select,
-)
+from trimvlm.profile import Decisions, LayerRule, Method, ModelSpec, Profile, Select
+from trimvlm.rules import LastRowAttention
 
 VOCAB = 64
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, Value
+from trimvlm.profile import Decisions
+from trimvlm.value import Value
 
 Curve = tuple[float | None, ...]
 T = TypeVar("T")
@@ -48,9 +49,11 @@ def merge(outcomes: Mapping[str, Outcome]) -> Outcome:
                 curves[f"{curve} ({name})"] = values
     return Outcome(
         decisions=Decisions(
+            encoder=_one("encoder", decisions, None),
             inject=_one("inject", decisions, 0),
             exit=_one("exit", decisions, None),
             select=tuple(select for each in decisions.values() for select in each.select),
+            skip=_one("skip", decisions, None),
             layers=tuple(rule for each in decisions.values() for rule in each.layers),
             positions=_one("positions", decisions, "persistent"),
             mask=_one("mask", decisions, "additive"),
@@ -65,7 +68,7 @@ def _one(field: str, decisions: Mapping[str, Decisions], default: T) -> T:
     said: dict[str, Any] = {
         name: getattr(each, field) for name, each in decisions.items() if getattr(each, field) != default
     }
-    if len(set(said.values())) > 1:
+    if any(value != next(iter(said.values())) for value in said.values()):
         both = " and ".join(f"{value} ({name})" for name, value in said.items())
         raise UserError(f"{field}: the methods disagree: {both}; combine other methods")
     return next(iter(said.values()), default)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Value
+from trimvlm.value import Value
 
 QUESTIONS = "questions.jsonl"
 

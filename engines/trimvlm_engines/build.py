@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from trimvlm.bundle import Bundle, Engine, Entry, Manifest
 from trimvlm.errors import UserError
-from trimvlm.profile import Value
 from trimvlm.schedule import Schedule
 from trimvlm.target import Target
+from trimvlm.value import Value
 from trimvlm_engines import record, targets
 from trimvlm_engines.library import Library, open_library
 from trimvlm_engines.shapes import ShapeRange, decoder_ranges, images_range, plain

@@ -9,9 +9,10 @@ m images, N visual rows of one image, T text rows, P past rows, G key/value head
 from __future__ import annotations
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Value
-from trimvlm.schedule import TENSORRT_TOPK_LIMIT, Schedule
+from trimvlm.schedule import Schedule
+from trimvlm.schedule_checks import TENSORRT_TOPK_LIMIT
 from trimvlm.target import Limits
+from trimvlm.value import Value
 
 TYPICAL_TEXT = 32  # rows of a question with its template
 
@@ -44,7 +45,7 @@ def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
     """
     model, images = schedule.model, limits.images
     text = _rows((1,), (min(TYPICAL_TEXT, limits.text),), (limits.text,))
-    visual = _rows((0,), (model.visual_tokens,), (images * model.visual_tokens,))
+    visual = _rows((0,), (schedule.visual_tokens,), (images * schedule.visual_tokens,))
     ranges = {
         "input_ids": text,
         "visual": _rows(*((*shape, model.hidden) for shape in (visual.min, visual.opt, visual.max))),
@@ -61,7 +62,7 @@ def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
             )
         ranges[f"forced.{stage}"] = _rows((0,), (0,), (keep,))
     for row in schedule.rows:
-        if row.execute == "none":
+        if not row.attends:
             continue
         past = images * row.cached + limits.text + limits.new_tokens
         for half in ("key", "value"):

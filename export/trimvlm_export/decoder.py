@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimvlm.errors import UserError
+from trimvlm.rules import reads
 from trimvlm.schedule import Row, Schedule
 from trimvlm_export.operators import attention, attention_weights, repeat_heads, rms_norm, rope
 
@@ -181,7 +182,7 @@ class Decoder(nn.Module):
             past = next(pasts) if row.execute == "both" else None
             normed = keys = None
             if row.select:
-                if row.select.by.attention == "own":
+                if reads(row.select.by) == "own":
                     assert past is not None
                     normed, keys, last_scores = self._own_scores(row, stream, past[0])
                 assert last_scores is not None
@@ -196,7 +197,7 @@ class Decoder(nn.Module):
             if past is None:
                 continue
             following = self.schedule.rows[row.layer + 1] if row.layer + 1 < len(self.schedule.rows) else None
-            wanted = bool(following and following.select and following.select.by.attention == "previous")
+            wanted = bool(following and following.select and reads(following.select.by) == "previous")
             stream, key, value, last_scores = self._layer(
                 row, stream, past, normed=normed, keys=keys, score=wanted
             )

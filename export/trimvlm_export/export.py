@@ -22,6 +22,7 @@ from trimvlm.bundle import (
     write_manifest,
     write_whole,
 )
+from trimvlm.encoder_rules import VisionTaps
 from trimvlm.errors import UserError
 from trimvlm.profile import ModelSpec, Profile
 from trimvlm.schedule import Schedule
@@ -56,7 +57,7 @@ def export(checkpoint: Path | str, profile: Profile, out: Path | str, *, dtype: 
     before = _existing(out, spec, dtype)
     with _destination(out, new=before is None) as directory:
         source = Source.place(checkpoint, directory, dtype)
-        vision = export_vision(source, profile.vision_taps)
+        vision = export_vision(source, VisionTaps())
         decoders = export_decoder(source, profile.name, schedule)
         profile_file = f"{profile.name}.profile.json"
         encoded = msgspec.json.format(msgspec.json.encode(profile), indent=2)

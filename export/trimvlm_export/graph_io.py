@@ -16,9 +16,9 @@ IMAGES, TEXT = (
 )  # sizes of the traced example: none of them 0 or 1, which a trace would take for constants
 
 
-def executed(schedule: Schedule) -> list[Row]:
+def attending(schedule: Schedule) -> list[Row]:
     """Layers with keys and values."""
-    return [row for row in schedule.rows if row.execute == "both"]
+    return [row for row in schedule.rows if row.attends]
 
 
 def past_dim(schedule: Schedule, row: Row) -> str:
@@ -37,7 +37,7 @@ def decoder_inputs(schedule: Schedule) -> dict[str, Dims]:
     }
     inputs |= {f"forced.{stage}": [f"forced_{stage}"] for stage in range(len(schedule.stages))}
     for kind in ("key", "value"):
-        for row in executed(schedule):
+        for row in attending(schedule):
             dims: Dims = [1, model.kv_heads, past_dim(schedule, row), model.head_dim]
             inputs[f"past_{kind}.{row.layer}"] = dims
     return inputs
@@ -48,7 +48,7 @@ def decoder_outputs(schedule: Schedule) -> dict[str, Dims]:
     model = schedule.model
     outputs: dict[str, Dims] = {"logits": [1, model.vocab]}
     for kind in ("key", "value"):
-        for row in executed(schedule):
+        for row in attending(schedule):
             total = past_dim(schedule, row).replace("past", "total")
             outputs[f"present_{kind}.{row.layer}"] = [1, model.kv_heads, total, model.head_dim]
     outputs |= {f"selected.{stage}": [f"selected_{stage}"] for stage in range(len(schedule.stages))}
@@ -58,8 +58,8 @@ def decoder_outputs(schedule: Schedule) -> dict[str, Dims]:
 
 def decoder_example(schedule: Schedule, *, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of `Decoder.forward` for tracing: two images, a past, every varying size distinct."""
-    model, rows = schedule.model, executed(schedule)
-    visual, start = IMAGES * model.visual_tokens, 3
+    model, rows = schedule.model, attending(schedule)
+    visual, start = IMAGES * schedule.visual_tokens, 3
 
     def past() -> list[torch.Tensor]:
         return [

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from trimvlm.profile import Rows
+from trimvlm.profile import ActiveRows
+from trimvlm.rules import reads
 from trimvlm.schedule import Row, Schedule
 from trimvlm_export.reference_rows import PromptRows, best
 
@@ -119,7 +120,7 @@ class PromptRun:
         if not self.decoding:
             self.prefill.last_row.append(weights[0, :, -1].cpu().numpy())
 
-    def take_back(self, delta: torch.Tensor, active: Rows) -> torch.Tensor:
+    def take_back(self, delta: torch.Tensor, active: ActiveRows) -> torch.Tensor:
         """Zeroes what a sub-layer adds, `delta` [1, S, D], to visual rows that do not compute it."""
         if self.decoding or active == "live":
             return delta
@@ -142,7 +143,7 @@ class PromptRun:
     def _scores(self, row: Row, layer: Any, hidden: torch.Tensor, entering: np.ndarray) -> np.ndarray:
         """Score [rows that enter] of the selection at `row`: the last row's attention, mean over heads."""
         assert row.select
-        if row.select.by.attention == "previous":
+        if reads(row.select.by) == "previous":
             last_HS = self.prefill.last_row[-1]
         else:  # an auxiliary attention with this layer's own norm, Wq, Wk and RoPE; .forward: without hooks
             ids = self.rows.position_ids(entering, self.schedule.positions).to(hidden.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trimvlm.profile import VisionTaps
+from trimvlm.encoder_rules import VisionTaps
 from trimvlm_export.passes.primitive import OPSET
 from trimvlm_export.source import Source
 from trimvlm_export.trace import attach_weights, save, trace

@@ -6,12 +6,13 @@ Two conventions, because the papers use two (n visual rows, t text rows, d width
   (PyramidDrop, HiDivDrop, VisiPruner);
 * MAC2: all rows, 2 per multiply-accumulate, no causal halving, no LM head (V-Skip, SPIDER, VTW, ShortV).
 
-Scoring rows of a selection are counted in neither paper; `selection_flops` gives them apart, in MAC2.
+What ranks tokens is counted in neither; `selection_flops` gives it apart, in MAC2.
 """
 
 from __future__ import annotations
 
 from trimvlm.profile import ModelSpec
+from trimvlm.rules import LastRowAttention, TextAttention, ValueInfluence
 from trimvlm.schedule import Row, Schedule
 
 
@@ -26,15 +27,18 @@ def mac2(schedule: Schedule, text: int) -> int:
 
 
 def selection_flops(schedule: Schedule, text: int) -> int:
-    """FLOPs (MAC2) that scoring adds: one query row against all keys, and the keys of rows that drop out."""
-    model, total = schedule.model, 0
-    width, kv_width = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    for row in schedule.stages:
-        assert row.select
-        before = schedule.live_before(row.layer)
-        total += 2 * width * (before + text)
-        if row.select.by.attention == "own":
-            total += 2 * (before - row.live) * model.hidden * kv_width
+    """FLOPs (MAC2) of scoring for one image: what ranks tokens and what skip stages read.
+
+    Counted: attention weights that only the ranking needs, the keys of rows that drop out before their layer,
+    norms of values (`value_influence`), raters (`text_attention`), and in skip stages the LM head over every
+    live visual row (`entropy`) and the cosine with the mean text row (`correlation`). Sums, sorting and
+    softmaxes are not.
+    """
+    total = sum(2 * _ranking_macs(schedule, row, text) for row in schedule.stages)
+    for row in schedule.skip_stages:
+        assert schedule.skip
+        terms = schedule.skip.entropy * schedule.model.vocab + schedule.skip.correlation
+        total += 2 * row.live * schedule.model.hidden * terms
     return total
 
 
@@ -42,7 +46,22 @@ def kv_bytes_per_layer(schedule: Schedule, text: int, bytes_per_value: int) -> t
     """Bytes of keys and values that each layer caches for one image and `text` text rows."""
     model = schedule.model
     per_row = 2 * model.kv_heads * model.head_dim * bytes_per_value
-    return tuple(per_row * (row.cached + text) if row.execute == "both" else 0 for row in schedule.rows)
+    return tuple(per_row * (row.cached + text) if row.attends else 0 for row in schedule.rows)
+
+
+def _ranking_macs(schedule: Schedule, row: Row, text: int) -> int:
+    """Multiply-accumulates of one selection's scores."""
+    assert row.select
+    model, rule, before = schedule.model, row.select.by, schedule.live_before(row.layer)
+    width, kv_width = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    if isinstance(rule, LastRowAttention):
+        keys_of_dropped = (before - row.live) * model.hidden * kv_width if rule.attention == "own" else 0
+        return width * (before + text) + keys_of_dropped
+    if isinstance(rule, TextAttention):
+        return width * text * (before + text) + schedule.visual_tokens * text * model.hidden
+    if isinstance(rule, ValueInfluence):
+        return width * (before + text) + before * kv_width
+    return 0  # ranked by weights that the layer computes anyway, or by none
 
 
 def _layer_macs(model: ModelSpec, row: Row, text: int) -> int:
@@ -50,8 +69,16 @@ def _layer_macs(model: ModelSpec, row: Row, text: int) -> int:
     if row.execute == "none":
         return 0
     d, width, kv_width = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
-    projections = (2 * d * width) * (text + row.queries) + (2 * d * kv_width) * (text + row.live)
-    text_pairs = text * (text + (row.live if row.text_keys == "live" else 0))
-    visual_pairs = row.queries * (text + (row.live if row.visual_keys == "live" else 0))
-    attention = 2 * width * (text_pairs + visual_pairs)
-    return projections + attention + 3 * d * model.ffn * (text + row.ffn_rows)
+    total = 0
+    if row.attends:
+        total += (2 * d * kv_width) * (text + row.live)
+    if row.execute == "decode":
+        return total
+    if row.attends:
+        # A selection inside the layer acts between attention and output projection.
+        outputs = row.after if row.selects_inside else row.queries
+        total += d * width * (text + row.queries) + d * width * (text + outputs)
+        text_pairs = text * (text + (0 if row.text_keys == "none" else row.live))
+        visual_pairs = row.queries * (text + (row.live if row.visual_keys == "live" else 0))
+        total += 2 * width * (text_pairs + visual_pairs)
+    return total + 3 * d * model.ffn * ((text if row.sublayers != "attention" else 0) + row.ffn_rows)

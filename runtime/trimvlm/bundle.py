@@ -26,7 +26,16 @@ Decoder graph, inputs and outputs (T text rows, N visual rows, P past rows, G ke
     selected.{s} int64 [K]                rows of `visual` that survive selection s, ascending
     scores.{s} float32 [N_s]              score of each row that entered selection s
 
-Layers that are not executed have no past and no present.
+Only where the Schedule asks for it:
+
+    router_scores float32 [N]             input: what a selection by `router` ranks
+    forced_skip.{k} int64 [0 or K]        input: rows of `visual` that skip from skip stage k on (parity)
+    skipped.{k} int64 [K]                 rows of `visual` in skip mode from stage k on, ascending
+    skip_scores.{k} float32 [live]        accumulator of each live row at stage k
+    past_visible.{s} bool [P_g]           for s in `Schedule.masks`: cached rows that selection s's threshold
+    present_visible.{s} bool [P_g + ...]  leaves visible; text rows always are
+
+Layers without attention have no past and no present.
 """
 
 from __future__ import annotations
@@ -40,7 +49,8 @@ from typing import Any, Literal
 import msgspec
 
 from trimvlm.errors import UserError
-from trimvlm.profile import ModelSpec, Profile, Value, to_profile
+from trimvlm.profile import ModelSpec, Profile, to_profile
+from trimvlm.value import Value
 
 FORMAT = 1
 MANIFEST = "manifest.json"

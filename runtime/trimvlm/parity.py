@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from trimvlm.profile import Value
+from trimvlm.value import Value
 
 Verdict: TypeAlias = Literal["PASS", "AMBIGUOUS", "FAIL", "SKIPPED"]
 

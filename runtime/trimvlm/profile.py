@@ -14,16 +14,18 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
+from trimvlm.encoder_rules import EncoderStage
 from trimvlm.errors import UserError
+from trimvlm.rules import SelectionRule
+from trimvlm.value import Value
 
 SCHEMA = 1
 
 Rows: TypeAlias = Literal["live", "none"]
-
-
-class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of every value here: frozen, unknown keys refused. A class says `frozen` and `kw_only` again:
-    msgspec does not inherit the second, type checkers not the first."""
+ActiveRows: TypeAlias = Literal["live", "none", "unskipped"]
+TextKeys: TypeAlias = Literal["live", "none", "sink"]
+Execute: TypeAlias = Literal["both", "decode", "none"]
+Sublayers: TypeAlias = Literal["both", "attention", "ffn"]
 
 
 class ModelSpec(Value, frozen=True, kw_only=True):
@@ -60,28 +62,48 @@ class ModelSpec(Value, frozen=True, kw_only=True):
             raise UserError(f"model.kv_heads: {self.kv_heads} does not divide {self.heads} heads")
 
 
-class LastRowAttention(Value, frozen=True, kw_only=True, tag_field="rule", tag="last_row_attention"):
-    """Rank visual tokens by the last prompt row's attention to them, mean over heads, in fp32.
-
-    Attributes:
-        attention: `previous`: the attention of the layer before (FastV); `own`: an auxiliary attention
-            with this layer's own input norm, Wq and Wk, over the rows that enter it (PyramidDrop,
-            HiDivDrop section 3.3).
-    """
-
-    attention: Literal["previous", "own"]
-
-
 class Select(Value, frozen=True, kw_only=True):
     """At the input of `layer`, shrink the live visual rows to the `keep` best per image.
 
     Survivors keep their original order and ties go to the lower index. With m images the budget is
-    m * keep over all of them together.
+    m * keep over all of them together. `cross_and_self_attention` selects inside the layer, see there.
     """
 
     layer: int
     keep: int
-    by: LastRowAttention
+    by: SelectionRule
+
+
+class SkipStage(Value, frozen=True, kw_only=True):
+    """From `layer` on, `count` visual rows of each image are in skip mode."""
+
+    layer: int
+    count: int
+
+
+class SkipMode(Value, frozen=True, kw_only=True):
+    """SPIDER's ASL-Skip, staged: visual rows enter skip mode, for good, at fixed layers in fixed numbers.
+
+    In skip mode a row bypasses the sub-layers whose rule is `unskipped`. At each stage every live row's
+    accumulator grows by ReLU(1 - R), R the sum of the terms that are on, each scaled to 0..1 over the live
+    visual rows by its least and greatest value (a constant term is 0). The rows that skip already stay, and
+    those with the highest accumulator join them; ties go to the lower index.
+
+    Attributes:
+        stages: in layer order, counts not falling.
+        entropy: the term E: entropy of softmax(h W^T) with W the LM head, h the stage's input, no final norm.
+        correlation: the term F: cosine of h with the mean of the text rows' h.
+    """
+
+    stages: tuple[SkipStage, ...]
+    entropy: bool = True
+    correlation: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UserError("skip.stages: at least one")
+        if not (self.entropy or self.correlation):
+            raise UserError("skip: entropy and correlation are both off, nothing ranks the rows")
 
 
 class LayerRule(Value, frozen=True, kw_only=True):
@@ -89,55 +111,53 @@ class LayerRule(Value, frozen=True, kw_only=True):
 
     Attributes:
         layers: 0-based layer numbers.
-        query: visual rows that compute Q, attention and O (`none`: V-Skip, ShortV).
-        text_keys: visual keys that text rows see at prefill; what decode sees is `cache`.
+        query: visual rows that compute Q, attention and O (`none`: V-Skip, ShortV; `unskipped`: ASL-Skip).
+        text_keys: visual keys that text rows see at prefill; what decode sees is `cache`. `sink`: all the
+            weight that a text row gives to visual keys goes to the value of the first live one (VisiPruner).
         visual_keys: visual keys that visual rows see.
         ffn: visual rows that run the FFN.
         cache: visual keys and values kept for decode.
-        execute: `none` skips the whole layer, for all rows, at prefill and decode.
+        execute: `none` skips the whole layer, for all rows, at prefill and decode; `decode` skips it at
+            prefill only, which still writes keys and values of all rows from the unchanged input (ShortGPT
+            for generation).
+        sublayers: which sub-layers there are, for all rows (LLM-Drop); a layer without attention has no
+            keys and values.
     """
 
     layers: tuple[int, ...]
-    query: Rows | None = None
-    text_keys: Rows | None = None
+    query: ActiveRows | None = None
+    text_keys: TextKeys | None = None
     visual_keys: Rows | None = None
-    ffn: Rows | None = None
+    ffn: ActiveRows | None = None
     cache: Rows | None = None
-    execute: Literal["both", "none"] | None = None
+    execute: Execute | None = None
+    sublayers: Sublayers | None = None
 
 
 class Decisions(Value, frozen=True, kw_only=True):
     """The static decisions, as small as they can be said.
 
     Attributes:
+        encoder: what reduces the visual rows before the decoder, or None.
         inject: first layer whose input holds visual rows (HiDivDrop: late injection of the raw projector
             outputs); 0 is the ordinary model.
         exit: first layer without visual rows (VTW, HiDivDrop); None: they stay to the end.
         select: selection stages in layer order.
+        skip: rows in skip mode, or None.
         layers: per-layer exceptions.
         positions: `persistent`: survivors keep their ids; `compact`: ids are renumbered after each drop.
         mask: how hidden visual keys are hidden: `additive` (before the softmax) or `post_softmax` (zeroed
             after it, without renormalising: VisiPruner).
     """
 
+    encoder: EncoderStage | None = None
     inject: int = 0
     exit: int | None = None
     select: tuple[Select, ...] = ()
+    skip: SkipMode | None = None
     layers: tuple[LayerRule, ...] = ()
     positions: Literal["persistent", "compact"] = "persistent"
     mask: Literal["additive", "post_softmax"] = "additive"
-
-
-class VisionTaps(Value, frozen=True, kw_only=True):
-    """Extra outputs of the vision graph that encoder-side methods need.
-
-    Attributes:
-        cls_attention: 0-based tower layers whose [CLS] row of attention (mean over heads) is wanted.
-        features: tower hidden states wanted, numbered as Hugging Face's `hidden_states` (0: embeddings).
-    """
-
-    cls_attention: tuple[int, ...] = ()
-    features: tuple[int, ...] = ()
 
 
 class Method(Value, frozen=True, kw_only=True):
@@ -171,7 +191,6 @@ class Profile(Value, frozen=True, kw_only=True):
     method: Method
     model: ModelSpec
     decisions: Decisions = Decisions()
-    vision_taps: VisionTaps = VisionTaps()
     calibration: Calibration | None = None
     needs_adapted_weights: bool = False
     notes: str = ""

@@ -5,15 +5,27 @@ The reference and the exported decoder share this table and nothing else.
 
 What a row means, for layer l with T text rows and `live` visual rows:
 
-* rows that enter: all text rows and `live` visual rows, after injection and after `select`;
+* rows that enter: all text rows and `live` visual rows, after injection, exit, `select` and `skip`, in this
+  order. Where there is an encoder stage, injection brings its rows, and positions are those of a prompt with
+  so many visual tokens per image;
 * row i sees key j where position(i) >= position(j), both are live, and the key is not hidden by
-  `text_keys` (hides visual keys from text rows) or `visual_keys` (hides visual keys from visual rows,
-  their own included);
+  `text_keys` (hides visual keys from text rows), by `visual_keys` (hides visual keys from visual rows, their
+  own included) or by a threshold (`masked_by`: hides it from every row, its own included). A row that sees
+  no key gets zeros from the attention;
+* mask `post_softmax`: keys that `text_keys` and `visual_keys` hide take part in the softmax and lose their
+  weight after it, without renormalising; `text_keys: sink` adds what a text row's hidden visual keys lose to
+  its weight for the first live visual row. A threshold hides before the softmax under either mask;
 * visual rows outside `query` get no attention output, visual rows outside `ffn` no FFN output: their
-  residual stream passes unchanged. Their keys and values exist all the same;
+  residual stream passes unchanged. Their keys and values exist all the same. `unskipped` rows are the live
+  ones that are not in skip mode;
+* `sublayers` leaves out the attention or the FFN for every row, at prefill and decode; without attention
+  there are no keys and values. `execute: decode` computes keys and values of all rows at prefill and nothing
+  else, and the whole layer at decode; `execute: none` nothing ever;
 * the cache keeps the keys and values of all text rows and of the visual rows in `cache`;
-* at decode there are no visual rows: every cached key is visible. `text_keys` and `visual_keys` are about
-  prefill only.
+* a selection by `cross_and_self_attention` acts after its layer's attention: `live`, keys and cache of that
+  layer are those before it, and only survivors (`after`) go through output projection, FFN and beyond;
+* at decode there are no visual rows: every cached key is visible, but for those that a threshold hides.
+  `text_keys` and `visual_keys` are about prefill only.
 """
 
 from __future__ import annotations
@@ -21,9 +33,23 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LayerRule, ModelSpec, Profile, Rows, Select, Value, check_fits
-
-TENSORRT_TOPK_LIMIT = 3840  # documented limit of TensorRT's TopK operator
+from trimvlm.profile import (
+    ActiveRows,
+    Decisions,
+    Execute,
+    LayerRule,
+    ModelSpec,
+    Profile,
+    Rows,
+    Select,
+    SkipMode,
+    Sublayers,
+    TextKeys,
+    check_fits,
+)
+from trimvlm.rules import CrossAndSelfAttention, ValueInfluence
+from trimvlm.schedule_checks import check_encoder, check_row, check_select, check_skip, check_whole
+from trimvlm.value import Value
 
 
 class Row(Value, frozen=True, kw_only=True):
@@ -31,43 +57,73 @@ class Row(Value, frozen=True, kw_only=True):
 
     Attributes:
         layer: 0-based number.
-        live: visual rows in the residual stream while this layer runs (after `select`).
-        select: the selection at this layer's input, or None.
+        live: visual rows whose keys this layer computes (after a `select` at its input).
+        after: visual rows that leave this layer; differs from `live` where a selection acts inside it.
+        select: the selection at this layer, or None.
+        skipped: rows in skip mode.
+        skip_stage: rows enter skip mode at this layer's input.
+        masked_by: number of the selection whose threshold hides some of the live rows, or None.
     """
 
     layer: int
     live: int
+    after: int
     select: Select | None = None
-    query: Rows = "live"
-    text_keys: Rows = "live"
+    skipped: int = 0
+    skip_stage: bool = False
+    masked_by: int | None = None
+    query: ActiveRows = "live"
+    text_keys: TextKeys = "live"
     visual_keys: Rows = "live"
-    ffn: Rows = "live"
+    ffn: ActiveRows = "live"
     cache: Rows = "live"
-    execute: Literal["both", "none"] = "both"
+    execute: Execute = "both"
+    sublayers: Sublayers = "both"
+
+    @property
+    def attends(self) -> bool:
+        """The layer has keys and values."""
+        return self.execute != "none" and self.sublayers != "ffn"
 
     @property
     def queries(self) -> int:
-        """Visual rows that compute Q, attention and O."""
-        return self.live if self.query == "live" else 0
+        """Visual rows that compute Q and attention at prefill."""
+        return self._active(self.query, self.live) if self.attends else 0
 
     @property
     def ffn_rows(self) -> int:
-        """Visual rows that run the FFN."""
-        return self.live if self.ffn == "live" else 0
+        """Visual rows that run the FFN at prefill."""
+        return 0 if self.sublayers == "attention" else self._active(self.ffn, self.after)
 
     @property
     def cached(self) -> int:
         """Visual keys and values kept for decode."""
-        return self.live if self.cache == "live" and self.execute == "both" else 0
+        return self.live if self.cache == "live" and self.attends else 0
+
+    @property
+    def selects_inside(self) -> bool:
+        """The selection acts after this layer's attention, not at its input."""
+        return self.select is not None and isinstance(self.select.by, CrossAndSelfAttention)
+
+    def _active(self, rows: ActiveRows, live: int) -> int:
+        if rows == "none" or self.execute != "both":
+            return 0
+        return live - self.skipped if rows == "unskipped" else live
 
 
 class Schedule(Value, frozen=True, kw_only=True):
-    """Per-layer table and what holds for all layers."""
+    """Per-layer table and what holds for all layers.
+
+    Attributes:
+        visual_tokens: visual rows of one image that enter the decoder.
+    """
 
     model: ModelSpec
+    visual_tokens: int
     rows: tuple[Row, ...]
     inject: int
     exit: int
+    skip: SkipMode | None
     positions: Literal["persistent", "compact"]
     mask: Literal["additive", "post_softmax"]
 
@@ -93,18 +149,28 @@ class Schedule(Value, frozen=True, kw_only=True):
     @property
     def kv_groups(self) -> tuple[int, ...]:
         """Distinct numbers of cached visual rows, in order of first use: one symbolic KV length each."""
-        return tuple(dict.fromkeys(row.cached for row in self.rows if row.execute == "both"))
+        return tuple(dict.fromkeys(row.cached for row in self.rows if row.attends))
+
+    @property
+    def masks(self) -> tuple[int, ...]:
+        """Selections whose threshold hides cached rows, ascending: decode needs a visibility input each."""
+        return tuple(sorted({row.masked_by for row in self.rows if row.masked_by is not None and row.cached}))
 
     @property
     def stages(self) -> tuple[Row, ...]:
         """Rows that select, in layer order; stage s is the s-th."""
         return tuple(row for row in self.rows if row.select)
 
+    @property
+    def skip_stages(self) -> tuple[Row, ...]:
+        """Rows at whose input visual rows enter skip mode, in layer order."""
+        return tuple(row for row in self.rows if row.skip_stage)
+
     def live_before(self, layer: int) -> int:
         """Visual rows that reach the input of `layer`, before its `select`."""
         if not self.inject <= layer < self.exit:
             return 0
-        return self.model.visual_tokens if layer == self.inject else self.rows[layer - 1].live
+        return self.visual_tokens if layer == self.inject else self.rows[layer - 1].after
 
 
 def resolve(decisions: Decisions, model: ModelSpec) -> Schedule:
@@ -116,54 +182,50 @@ def resolve(decisions: Decisions, model: ModelSpec) -> Schedule:
     last = model.layers
     exit_ = last if decisions.exit is None else decisions.exit
     exceptions = _per_layer(decisions.layers, last)
-    _check_whole(decisions, last, exit_, exceptions)
+    check_whole(decisions, last, exit_, exceptions)
+    check_encoder(decisions.encoder, model)
+    visual_tokens = decisions.encoder.keep if decisions.encoder else model.visual_tokens
     selects = _selections(decisions.select, decisions.inject, exit_)
+    skips = {stage.layer: stage.count for stage in decisions.skip.stages} if decisions.skip else {}
     rows: list[Row] = []
-    live = 0
+    live = skipped = 0
+    masked_by: int | None = None
     for layer in range(last):
         if layer == decisions.inject:
-            live = model.visual_tokens
+            live = visual_tokens
         if layer == exit_:
-            live = 0
+            live, skipped, masked_by = 0, 0, None
         select = selects.get(layer)
+        after = live
         if select:
-            if select.keep > live:
-                raise UserError(f"layer {layer}: select.keep: budget {select.keep} grows from {live}")
-            if select.keep > TENSORRT_TOPK_LIMIT:
-                raise UserError(
-                    f"layer {layer}: select.keep: TensorRT's TopK takes at most {TENSORRT_TOPK_LIMIT}, "
-                    f"not {select.keep}"
-                )
-            live = select.keep
-        row = Row(layer=layer, live=live, select=select, **exceptions.get(layer, {}))
-        _check_row(row, exceptions.get(layer, {}), rows[-1] if rows else None)
+            check_select(select, live)
+            after = select.keep
+            if isinstance(select.by, ValueInfluence) and select.by.threshold is not None:
+                masked_by = sorted(selects).index(layer)
+            elif masked_by is not None:
+                masked_by = sorted(selects).index(layer)  # the same rows hidden, among fewer
+            if not isinstance(select.by, CrossAndSelfAttention):
+                live = after
+        skipped = skips.get(layer, skipped)
+        row = Row(
+            layer=layer, live=live, after=after, select=select, skipped=skipped, skip_stage=layer in skips,
+            masked_by=masked_by, **exceptions.get(layer, {}),
+        )  # fmt: skip
+        check_row(row, exceptions.get(layer, {}), rows[-1] if rows else None)
         rows.append(row)
-    return Schedule(
+        live = after
+    schedule = Schedule(
         model=model,
+        visual_tokens=visual_tokens,
         rows=tuple(rows),
         inject=decisions.inject,
         exit=exit_,
+        skip=decisions.skip,
         positions=decisions.positions,
         mask=decisions.mask,
     )
-
-
-def _check_whole(decisions: Decisions, last: int, exit_: int, said: dict[int, dict[str, Any]]) -> None:
-    """What holds for all layers together; `said` is the union of the rules per layer."""
-    if not 0 <= decisions.inject < last:
-        raise UserError(f"inject: layer {decisions.inject} is not within 0..{last - 1}")
-    if not decisions.inject < exit_ <= last:
-        raise UserError(f"exit: layer {exit_} is not within {decisions.inject + 1}..{last}")
-    if decisions.positions == "compact":
-        if decisions.inject:
-            raise UserError("positions: late injection needs persistent position ids")
-        for layer, fields in said.items():
-            if fields.get("cache") == "none":
-                raise UserError(f"layer {layer}: cache: compact position ids need the live rows in the cache")
-    if decisions.mask == "post_softmax" and not any(
-        "none" in (fields.get("text_keys"), fields.get("visual_keys")) for fields in said.values()
-    ):
-        raise UserError("mask: post_softmax has no effect where no layer hides visual keys")
+    check_skip(schedule, decisions)
+    return schedule
 
 
 def _per_layer(rules: tuple[LayerRule, ...], last: int) -> dict[int, dict[str, Any]]:
@@ -191,38 +253,7 @@ def _selections(selects: tuple[Select, ...], inject: int, exit_: int) -> dict[in
             raise UserError(
                 f"layer {select.layer}: select: visual rows are live in layers {inject}..{exit_ - 1} only"
             )
-        if select.keep < 1:
-            raise UserError(f"layer {select.layer}: select.keep: {select.keep} is less than 1; use exit")
         if select.layer in by_layer:
             raise UserError(f"layer {select.layer}: select: two selections at one layer")
-        if select.layer == inject and select.by.attention == "previous":
-            raise UserError(
-                f"layer {select.layer}: select.by.attention: no layer before it has seen the visual rows; "
-                "use own"
-            )
         by_layer[select.layer] = select
     return by_layer
-
-
-def _check_row(row: Row, said: dict[str, Any], before: Row | None) -> None:
-    where = f"layer {row.layer}"
-    if row.execute == "none":
-        if extra := sorted(set(said) - {"execute"}):
-            raise UserError(f"{where}: {extra[0]}: has no effect in a layer that is not executed")
-        if row.select and row.select.by.attention == "own":
-            raise UserError(f"{where}: select.by.attention: own scores need the layer to be executed")
-    elif not row.live and (extra := sorted(field for field, value in said.items() if value == "none")):
-        raise UserError(f"{where}: {extra[0]}: none has no effect, no visual rows are live in this layer")
-    if row.query == "none" and row.visual_keys == "none":
-        raise UserError(f"{where}: visual_keys: none has no effect where query is none")
-    if row.select and row.select.by.attention == "previous":
-        assert before is not None
-        if before.execute == "none" or before.text_keys == "none":
-            raise UserError(
-                f"{where}: select.by.attention: layer {before.layer} has no attention from text to visual "
-                "rows to rank by; use own"
-            )
-    if row.select and row.select.by.attention == "own" and row.text_keys == "none":
-        raise UserError(
-            f"{where}: select.by.attention: own scores contradict text_keys none in the same layer"
-        )

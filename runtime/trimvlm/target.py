@@ -8,7 +8,7 @@ from typing import Literal
 
 from trimvlm.bundle import Dtype, Lowering
 from trimvlm.errors import UserError
-from trimvlm.profile import Value
+from trimvlm.value import Value
 
 # What NVIDIA's support matrix lists for TensorRT-RTX 1.7: neither Jetson (8.7, 11.0) nor Hopper (9.0).
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")

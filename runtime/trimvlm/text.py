@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from trimvlm.bundle import PromptTemplate, TextProcessing
 from trimvlm.errors import UserError
-from trimvlm.profile import Value
+from trimvlm.value import Value
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -5,17 +5,8 @@ from __future__ import annotations
 import pytest
 
 from trimvlm.errors import UserError
-from trimvlm.profile import (
-    Calibration,
-    Decisions,
-    LastRowAttention,
-    LayerRule,
-    Method,
-    ModelSpec,
-    Profile,
-    Select,
-    VisionTaps,
-)
+from trimvlm.profile import Calibration, Decisions, LayerRule, Method, ModelSpec, Profile, Select
+from trimvlm.rules import LastRowAttention
 from trimvlm_calib.files import load_profile, save_profile
 
 MODEL = ModelSpec(
@@ -40,7 +31,6 @@ FULL = Profile(
         layers=(LayerRule(layers=(0, 4, 6), query="none"), LayerRule(layers=(7,), execute="none")),
         positions="compact",
     ),
-    vision_taps=VisionTaps(cls_attention=(3,)),
     calibration=Calibration(data="mine", samples=20, seed=7, curves={"vig": (None, 1.5e-05, 0.25)}),
     needs_adapted_weights=True,
     notes="Größe: two lines\nof notes",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LastRowAttention, LayerRule, ModelSpec, Select
+from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select
+from trimvlm.rules import LastRowAttention
 from trimvlm.schedule import resolve
 from trimvlm_calib.calibrate import read_parameters
 from trimvlm_calib.methods import discover, find, hidivdrop, v_skip, vtw

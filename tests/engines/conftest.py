@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_llava
 
-from trimvlm.profile import Decisions, LastRowAttention, LayerRule, Method, Profile, Select
+from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select
+from trimvlm.rules import LastRowAttention
 
 LAYERS, TOKENS = 5, 16
 

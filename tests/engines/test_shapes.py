@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LastRowAttention, LayerRule, ModelSpec, Select
+from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select
+from trimvlm.rules import LastRowAttention
 from trimvlm.schedule import resolve
 from trimvlm.target import Limits
 from trimvlm_engines.shapes import ShapeRange, decoder_ranges, images_range

@@ -17,8 +17,10 @@ from tiny_models import tiny_inputs, tiny_llava
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from trimvlm.bundle import Bundle
+from trimvlm.encoder_rules import VisionTaps
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LastRowAttention, LayerRule, Method, Profile, Select, VisionTaps
+from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select
+from trimvlm.rules import LastRowAttention
 from trimvlm.schedule import Schedule
 from trimvlm.session import Session
 from trimvlm.text import Prompt

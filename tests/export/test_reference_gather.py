@@ -16,7 +16,8 @@ from tiny_models import tiny_inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LastRowAttention, LayerRule, ModelSpec, Select
+from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select
+from trimvlm.rules import LastRowAttention
 from trimvlm.schedule import resolve
 from trimvlm_export.reference import Reference
 

@@ -17,7 +17,8 @@ from decimal import Decimal
 import pytest
 
 from trimvlm.accounting import kv_bytes_per_layer, mac2, macv, selection_flops
-from trimvlm.profile import Decisions, LastRowAttention, LayerRule, ModelSpec, Select
+from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select
+from trimvlm.rules import LastRowAttention
 from trimvlm.schedule import Schedule, resolve
 
 OWN, PREVIOUS = LastRowAttention(attention="own"), LastRowAttention(attention="previous")

@@ -70,7 +70,7 @@ def test_yaml_and_json_round_trip() -> None:
         ("decisions.layers.0.querry", "none", ["unknown field `querry`", "$.decisions.layers[0]"]),
         ("decisions.layers.0.query", "some", ["'some'", "$.decisions.layers[0].query"]),
         ("decisions.select.0.by.attention", "mean", ["'mean'", "$.decisions.select[0].by.attention"]),
-        ("decisions.select.0.by.rule", "random", ["'random'", "$.decisions.select[0].by.rule"]),
+        ("decisions.select.0.by.rule", "by_hand", ["'by_hand'", "$.decisions.select[0].by.rule"]),
         ("decisions.select.0.keep", "4", ["`int`", "$.decisions.select[0].keep"]),
         ("decisions.exit", 2.5, ["`float`", "$.decisions.exit"]),
         ("schema", 2, ["2", "$.schema"]),

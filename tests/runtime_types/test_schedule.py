@@ -13,16 +13,8 @@ from hypothesis import strategies as st
 
 from trimvlm.accounting import kv_bytes_per_layer, mac2, macv, selection_flops
 from trimvlm.errors import UserError
-from trimvlm.profile import (
-    Decisions,
-    LastRowAttention,
-    LayerRule,
-    Method,
-    ModelSpec,
-    Profile,
-    Select,
-    to_profile,
-)
+from trimvlm.profile import Decisions, LayerRule, Method, ModelSpec, Profile, Select, to_profile
+from trimvlm.rules import LastRowAttention
 from trimvlm.schedule import Row, Schedule, resolve
 
 OWN, PREVIOUS = LastRowAttention(attention="own"), LastRowAttention(attention="previous")
@@ -81,10 +73,10 @@ HIDE = rule(2, text_keys="none")
         ),
         (Decisions(select=keep(3, 0)), "layer 3: select.keep: 0 is less than 1; use exit"),
         (Decisions(select=keep(3, 4) + keep(3, 2)), "layer 3: select: two selections"),
-        (Decisions(select=keep(0, 4, PREVIOUS)), "layer 0: select.by.attention: no layer before it"),
+        (Decisions(select=keep(0, 4, PREVIOUS)), "layer 0: select.by: no layer before it"),
         (
             Decisions(inject=2, select=keep(2, 4, PREVIOUS)),
-            "layer 2: select.by.attention: no layer before it",
+            "layer 2: select.by: no layer before it",
         ),
         (Decisions(select=keep(1, 17)), "layer 1: select.keep: budget 17 grows from 16"),
         (Decisions(select=keep(1, 4) + keep(3, 5)), "layer 3: select.keep: budget 5 grows from 4"),
@@ -94,7 +86,7 @@ HIDE = rule(2, text_keys="none")
         ),
         (
             Decisions(layers=rule(1, execute="none"), select=keep(1, 4)),
-            "layer 1: select.by.attention: own scores need the layer to be executed",
+            "layer 1: select.by: own scores need the layer's attention to be",
         ),
         (Decisions(inject=2, layers=rule(1, query="none")), "layer 1: query: none has no effect, no visual"),
         (Decisions(exit=2, layers=rule(4, cache="none")), "layer 4: cache: none has no effect, no visual"),
@@ -102,12 +94,12 @@ HIDE = rule(2, text_keys="none")
             Decisions(layers=rule(1, query="none", visual_keys="none")),
             "layer 1: visual_keys: none has no effect where query is none",
         ),
-        (Decisions(layers=HIDE, select=keep(3, 4, PREVIOUS)), "layer 3: select.by.attention: layer 2 has no"),
+        (Decisions(layers=HIDE, select=keep(3, 4, PREVIOUS)), "layer 3: select.by: layer 2 has no"),
         (
             Decisions(layers=rule(2, execute="none"), select=keep(3, 4, PREVIOUS)),
-            "layer 3: select.by.attention: layer 2 has no attention",
+            "layer 3: select.by: layer 2 has no attention",
         ),
-        (Decisions(layers=HIDE, select=keep(2, 4)), "layer 2: select.by.attention: own scores contradict"),
+        (Decisions(layers=HIDE, select=keep(2, 4)), "layer 2: select.by: own scores contradict"),
     ],
 )
 def test_refusals(decisions: Decisions, message: str) -> None:
@@ -131,7 +123,7 @@ def test_refusals_name_the_profile_and_the_model_that_differs() -> None:
 
 def test_dense_is_the_default_everywhere() -> None:
     assert resolve(Decisions(), model(layers=3)).rows == tuple(
-        Row(layer=layer, live=16) for layer in range(3)
+        Row(layer=layer, live=16, after=16) for layer in range(3)
     )
 
 

@@ -15,7 +15,8 @@ from tiny_models import noise_image, tiny_llava
 from trimvlm.bundle import Bundle
 from trimvlm.errors import UserError
 from trimvlm.parity import Metric, ParityReport, Rung
-from trimvlm.profile import Decisions, LastRowAttention, Method, Profile, Select
+from trimvlm.profile import Decisions, Method, Profile, Select
+from trimvlm.rules import LastRowAttention
 from trimvlm_calib.samples import load_samples
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.export import export

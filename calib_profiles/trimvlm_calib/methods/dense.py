@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trimvlm.profile import Decisions, Value
+from trimvlm.profile import Decisions
+from trimvlm.value import Value
 from trimvlm_calib.outcome import Outcome
 
 if TYPE_CHECKING:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LastRowAttention, Select, Value
+from trimvlm.profile import Decisions, Select
+from trimvlm.rules import LastRowAttention
+from trimvlm.value import Value
 from trimvlm_calib.outcome import Outcome
 
 if TYPE_CHECKING:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LastRowAttention, Select, Value
+from trimvlm.profile import Decisions, Select
+from trimvlm.rules import LastRowAttention
+from trimvlm.value import Value
 from trimvlm_calib.methods.vtw import exit_curve, first_within
 from trimvlm_calib.outcome import Curve, Outcome, round_figure
 

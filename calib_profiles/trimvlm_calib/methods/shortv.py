@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LayerRule, Value
+from trimvlm.profile import Decisions, LayerRule
+from trimvlm.value import Value
 from trimvlm_calib.methods.v_skip import lowest
 from trimvlm_calib.outcome import Outcome
 

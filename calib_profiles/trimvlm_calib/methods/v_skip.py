@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LayerRule, Value
+from trimvlm.profile import Decisions, LayerRule
+from trimvlm.value import Value
 from trimvlm_calib.outcome import Outcome
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, Value
+from trimvlm.profile import Decisions
+from trimvlm.value import Value
 from trimvlm_calib.outcome import Curve, Outcome
 
 if TYPE_CHECKING:

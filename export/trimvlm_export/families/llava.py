@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimvlm.encoder_rules import VisionTaps
 from trimvlm.errors import UserError
-from trimvlm.profile import ModelSpec, VisionTaps
+from trimvlm.profile import ModelSpec
 
 DECODER_PREFIX = "model.language_model."
 LM_HEAD = "lm_head."

@@ -6,7 +6,8 @@ Depths and budgets are the published ones for 32 layers and 576 visual tokens, 0
 
 from __future__ import annotations
 
-from trimvlm.profile import Decisions, LastRowAttention, LayerRule, Method, ModelSpec, Profile, Select
+from trimvlm.profile import Decisions, LayerRule, Method, ModelSpec, Profile, Select
+from trimvlm.rules import LastRowAttention
 
 _PAPER_LAYERS, _PAPER_TOKENS = 32, 576
 _SKIPPED = 19  # V-Skip and ShortV, LLaVA-1.5-7B

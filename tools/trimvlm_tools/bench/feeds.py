@@ -24,9 +24,12 @@ def prefill_feeds(
     """
     model = schedule.model
     assert 0 <= before_image < text
-    ids, visual_ND = token_ids(model.vocab, text, seed), visual_rows(model.visual_tokens, model.hidden, seed)
-    positions = np.arange(text + model.visual_tokens)
-    image = slice(before_image, before_image + model.visual_tokens)
+    ids, visual_ND = (
+        token_ids(model.vocab, text, seed),
+        visual_rows(schedule.visual_tokens, model.hidden, seed),
+    )
+    positions = np.arange(text + schedule.visual_tokens)
+    image = slice(before_image, before_image + schedule.visual_tokens)
     feeds = {
         "input_ids": ids,
         "visual": visual_ND,
@@ -37,7 +40,7 @@ def prefill_feeds(
         feeds[f"forced.{stage}"] = np.zeros(0, np.int64)
     empty = np.zeros((1, model.kv_heads, 0, model.head_dim), np.float32)
     for row in schedule.rows:
-        if row.execute == "both":
+        if row.attends:
             feeds[f"past_key.{row.layer}"] = feeds[f"past_value.{row.layer}"] = empty
     return feeds
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 
 from trimvlm.errors import UserError
-from trimvlm.profile import ModelSpec, Value
+from trimvlm.profile import ModelSpec
+from trimvlm.value import Value
 from trimvlm_tools.bench.quiet import quiet
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
-from trimvlm.profile import Value
+from trimvlm.value import Value
 
 
 class Contender(Value, frozen=True, kw_only=True):

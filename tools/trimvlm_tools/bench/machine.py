@@ -7,7 +7,7 @@ import os
 import platform
 from pathlib import Path
 
-from trimvlm.profile import Value
+from trimvlm.value import Value
 
 _PACKAGES = ("trimvlm", "onnxruntime", "onnx", "numpy", "torch", "transformers")
 

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Value
+from trimvlm.value import Value
 from trimvlm_tools.bench.machine import kibibytes
 
 _SAMPLING = 0.002  # seconds between two looks at a process

@@ -10,8 +10,9 @@ import numpy as np
 from trimvlm.accounting import mac2, selection_flops
 from trimvlm.bundle import Bundle
 from trimvlm.errors import UserError
-from trimvlm.profile import Profile, Value
+from trimvlm.profile import Profile
 from trimvlm.schedule import Schedule
+from trimvlm.value import Value
 from trimvlm_tools.bench import peer
 from trimvlm_tools.bench.feeds import peer_feeds, prefill_feeds, write_arrays
 from trimvlm_tools.bench.geometry import TEXT_BEFORE_IMAGE, Geometry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimvlm.profile import Value
+from trimvlm.value import Value
 from trimvlm_tools.bench.geometry import Geometry
 from trimvlm_tools.bench.machine import Machine
 from trimvlm_tools.bench.memory import SessionMemory

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from trimvlm.bundle import MANIFEST, Bundle
-from trimvlm.profile import Value
+from trimvlm.value import Value
 
 _VALUE_BYTES = {"float32": 4, "float16": 2}
 

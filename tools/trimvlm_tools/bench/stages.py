@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from trimvlm.bundle import Bundle
-from trimvlm.profile import Value
+from trimvlm.value import Value
 from trimvlm_tools.bench.harness import Contender, Race, Spread, race
 
 PROMPT = "What is in the picture?"

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from statistics import median
 
 from trimvlm.bundle import Bundle
-from trimvlm.profile import Value, layer_numbers
+from trimvlm.profile import layer_numbers
 from trimvlm.schedule import Schedule
 from trimvlm.session import Session
+from trimvlm.value import Value
 from trimvlm_calib.samples import Sample
 
 WARM_UP = 3

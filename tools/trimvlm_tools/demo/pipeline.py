@@ -10,8 +10,9 @@ from trimvlm.accounting import kv_bytes_per_layer, mac2
 from trimvlm.bundle import MANIFEST, Bundle
 from trimvlm.errors import UserError
 from trimvlm.parity import ParityReport
-from trimvlm.profile import Decisions, Profile, Value
+from trimvlm.profile import Decisions, Profile
 from trimvlm.schedule import Schedule, resolve
+from trimvlm.value import Value
 from trimvlm_calib import files
 from trimvlm_calib.calibrate import calibrate, method_record
 from trimvlm_calib.samples import Sample, draw, load_samples

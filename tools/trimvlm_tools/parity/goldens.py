@@ -15,8 +15,8 @@ import numpy as np
 from trimvlm.bundle import Bundle, Entry, record, write_manifest, write_whole
 from trimvlm.errors import UserError
 from trimvlm.parity import Metric, ParityReport, Rung
-from trimvlm.profile import Value
 from trimvlm.session import ORT_CPU, Session
+from trimvlm.value import Value
 from trimvlm_calib.samples import Sample
 from trimvlm_tools.parity.compare import LIMITS, Answer, score_gap
 

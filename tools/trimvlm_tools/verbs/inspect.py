@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimvlm.errors import UserError
+from trimvlm.rules import reads, rule_name
 from trimvlm_tools import console
 
 if TYPE_CHECKING:
@@ -113,19 +114,19 @@ def describe(profile: Profile, text: int, dtype: str) -> dict[str, Any]:
 
 def _layer(schedule: Schedule, row: Row) -> dict[str, Any]:
     """One row of the table: how many visual rows take part in what."""
-    executed = row.execute == "both"
+    executed = row.attends and row.execute == "both"
     select = None
     if row.select:
-        rule = f"last_row_attention ({row.select.by.attention})"
+        rule = f"{rule_name(row.select.by)} ({reads(row.select.by)})"
         select = {"from": schedule.live_before(row.layer), "keep": row.select.keep, "by": rule}
     return {
         "layer": row.layer,
         "select": select,
         "live": row.live,
-        "query": row.queries if executed else 0,
-        "text_keys": row.live if executed and row.text_keys == "live" else 0,
+        "query": row.queries,
+        "text_keys": row.live if executed and row.text_keys != "none" else 0,
         "visual_keys": row.live if executed and row.queries and row.visual_keys == "live" else 0,
-        "ffn": row.ffn_rows if executed else 0,
+        "ffn": row.ffn_rows,
         "cache": row.cached,
         "execute": row.execute,
     }

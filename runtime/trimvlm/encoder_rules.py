@@ -1,0 +1,145 @@
+"""The rules of the encoder stage, which reduces the visual tokens before the decoder sees any. Values only.
+
+A rule reads taps of the vision tower and gives `keep` rows for each image: tower features of chosen patches,
+or weighted sums of several (merging). The projector then runs on these rows alone. Position ids are those of
+a prompt with `keep` visual tokens: compacted by construction.
+
+Layers are 0-based tower layers; features are numbered as Hugging Face's `hidden_states` (0: embeddings).
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from trimvlm.errors import UserError
+from trimvlm.rules import RandomOrder
+from trimvlm.value import Value
+
+
+class VisionTaps(Value, frozen=True, kw_only=True):
+    """Outputs of the vision graph that an encoder stage reads (I images, N patches, S tower rows).
+
+    Attributes:
+        cls_attention: layers whose [CLS] row of attention to the patches is wanted: [I, N], mean over heads.
+        received_attention: layers whose mean attention is wanted that each patch receives, over all rows
+            and heads: [I, N].
+        joint_attention: layers whose [CLS] attention is wanted as if all heads were one: [I, N].
+        keys: layers whose keys are wanted: [I, S, heads, C].
+        features: hidden states wanted: [I, S, E].
+    """
+
+    cls_attention: tuple[int, ...] = ()
+    received_attention: tuple[int, ...] = ()
+    joint_attention: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
+    features: tuple[int, ...] = ()
+
+
+class MsvPrune(Value, frozen=True, kw_only=True, tag_field="rule", tag="msv_prune"):
+    """SPIDER's MSV-Prune: anchors by [CLS] attention, and from K-means clusters of the rest those tokens that
+    are least like the others, in two layers' features.
+
+    Attributes:
+        anchors: share of the budget that is anchors, rounded down.
+        clusters, iterations: of K-means (maximin start, Lloyd steps), on `last`.
+        attention: layer whose attention ranks anchors.
+        received: rank anchors by received attention, for towers without [CLS].
+        middle, last: the two hidden states.
+    """
+
+    anchors: float = 0.7
+    clusters: int = 4
+    iterations: int = 10
+    attention: int
+    received: bool = False
+    middle: int
+    last: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.anchors <= 1:
+            raise UserError(f"anchors: {self.anchors} is not within 0 and 1")
+        if self.clusters < 1 or self.iterations < 1:
+            raise UserError("clusters, iterations: at least 1")
+
+
+class VisPruner(Value, frozen=True, kw_only=True, tag_field="rule", tag="vispruner"):
+    """VisPruner: the most attended patches, and diverse ones of the rest by repeated bipartite matching.
+
+    Attributes:
+        important: share of the budget that is chosen by attention, rounded down.
+        attention: layer whose [CLS] attention ranks.
+        received: rank by received attention, for towers without [CLS].
+        features: hidden state that tells how alike two patches are.
+    """
+
+    important: float = 0.5
+    attention: int
+    received: bool = False
+    features: int
+
+
+class VisionZip(Value, frozen=True, kw_only=True, tag_field="rule", tag="visionzip"):
+    """VisionZip: [CLS] and the most attended patches, then `contextual` merged rows.
+
+    Attributes:
+        contextual: rows of the budget that are merged; the others are [CLS] and patches.
+        attention: layer whose [CLS] attention ranks.
+        keys: layer whose keys (mean over heads) tell how alike two patches are.
+    """
+
+    contextual: int
+    attention: int
+    keys: int
+
+
+class HiPrune(Value, frozen=True, kw_only=True, tag_field="rule", tag="hiprune"):
+    """HiPrune: anchors of a middle layer with their neighbours, filled up by a deep layer.
+
+    Attributes:
+        alpha: share of the budget that goes to anchors with their four neighbours.
+        object_layer, deep_layer: layers whose received attention is read.
+    """
+
+    alpha: float = 0.1
+    object_layer: int
+    deep_layer: int
+
+
+class PruMerge(Value, frozen=True, kw_only=True, tag_field="rule", tag="prumerge"):
+    """LLaVA-PruMerge with a fixed ratio: `keep - 1` rows, each merged with its nearest tokens, and one row of
+    the rest. Rows stay in the order of attention.
+
+    Attributes:
+        neighbours: tokens that are merged into each kept one, itself included.
+        layer: whose keys and joint attention are read.
+    """
+
+    neighbours: int = 32
+    layer: int
+
+
+EncoderRule: TypeAlias = MsvPrune | VisPruner | VisionZip | HiPrune | PruMerge | RandomOrder
+
+
+class EncoderStage(Value, frozen=True, kw_only=True):
+    """Reduces each image's visual rows to `keep` before the decoder."""
+
+    keep: int
+    by: EncoderRule
+
+
+def taps(rule: EncoderRule) -> VisionTaps:
+    """What a rule reads."""
+    if isinstance(rule, MsvPrune):
+        ranked = {"received_attention" if rule.received else "cls_attention": (rule.attention,)}
+        return VisionTaps(**ranked, features=tuple(sorted({rule.middle, rule.last})))
+    if isinstance(rule, VisPruner):
+        ranked = {"received_attention" if rule.received else "cls_attention": (rule.attention,)}
+        return VisionTaps(**ranked, features=(rule.features,))
+    if isinstance(rule, VisionZip):
+        return VisionTaps(cls_attention=(rule.attention,), keys=(rule.keys,))
+    if isinstance(rule, HiPrune):
+        return VisionTaps(received_attention=tuple(sorted({rule.object_layer, rule.deep_layer})))
+    if isinstance(rule, PruMerge):
+        return VisionTaps(joint_attention=(rule.layer,), keys=(rule.layer,))
+    return VisionTaps()
