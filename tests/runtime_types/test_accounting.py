@@ -17,8 +17,17 @@ from decimal import Decimal
 import pytest
 
 from trimvlm.accounting import kv_bytes_per_layer, mac2, macv, selection_flops
-from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select
-from trimvlm.rules import LastRowAttention
+from trimvlm.encoder_rules import EncoderStage
+from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select, SkipMode, SkipStage
+from trimvlm.rules import (
+    CrossAndSelfAttention,
+    LastRowAttention,
+    RandomOrder,
+    RouterScores,
+    SelectionRule,
+    TextAttention,
+    ValueInfluence,
+)
 from trimvlm.schedule import Schedule, resolve
 
 OWN, PREVIOUS = LastRowAttention(attention="own"), LastRowAttention(attention="previous")
@@ -265,6 +274,58 @@ def test_selection_counted_by_hand() -> None:
     assert selection_flops(borrowed, text=1) == 2 * 6 * (4 + 1)
     own = schedule(model, select=stages((1, 1)))
     assert selection_flops(own, text=1) == 2 * 6 * (4 + 1) + 2 * 3 * 6 * 2
+
+
+def test_encoder_stage_is_a_shorter_image() -> None:
+    """VisPruner with 288 tokens (SPIDER Table 1): what the decoder computes is that of a model with 288."""
+    before = schedule(llava_7b(), encoder=EncoderStage(keep=288, by=RandomOrder()))
+    assert mac2(before, 67) == mac2(schedule(llava_7b(288)), 67)
+    assert kv_bytes_per_layer(before, 67, 2) == kv_bytes_per_layer(schedule(llava_7b(288)), 67, 2)
+
+
+def test_parts_of_a_layer_counted_by_hand() -> None:
+    """The model of the test above, 4 visual rows and 1 text row; what is left out is taken off."""
+    model = geometry(6, 5, 1, 4, heads=3, kv_heads=1)
+    q = o = 6 * 6
+    kv, ffn, pair = 2 * 6 * 2, 3 * 6 * 5, 2 * 6
+    all_rows = 5 * (q + o + kv + ffn) + 5 * 5 * pair
+
+    def count(**rule: object) -> int:
+        return mac2(schedule(model, layers=(LayerRule(layers=(0,), **rule),)), text=1)  # type: ignore[arg-type]
+
+    assert count(query="live") == 2 * all_rows
+    assert count(sublayers="ffn") == 2 * 5 * ffn
+    assert count(sublayers="attention") == 2 * (all_rows - 5 * ffn)
+    assert count(execute="decode") == 2 * 5 * kv
+    assert count(execute="none") == 0
+    skip = SkipMode(stages=(SkipStage(layer=0, count=3),))
+    bypass = schedule(model, skip=skip, layers=(LayerRule(layers=(0,), query="unskipped"),))
+    assert mac2(bypass, text=1) == 2 * (all_rows - 3 * (q + o) - 3 * 5 * pair)
+    bypass = schedule(model, skip=skip, layers=(LayerRule(layers=(0,), ffn="unskipped"),))
+    assert mac2(bypass, text=1) == 2 * (all_rows - 3 * ffn)
+    inside = schedule(model, select=(Select(layer=0, keep=1, by=CrossAndSelfAttention()),))
+    assert mac2(inside, text=1) == 2 * (all_rows - 3 * (o + ffn))  # the rows that leave still attend
+
+
+def test_entropy_costs_a_language_model_head() -> None:
+    """SPIDER's entropy term: 576 x 32000 x 4096 = 75.5 GMAC, 63 % of what a layer spends on visual rows."""
+    skip = SkipMode(stages=(SkipStage(layer=8, count=100),), correlation=False)
+    spider = schedule(llava_7b(), skip=skip, layers=(LayerRule(layers=(9,), query="unskipped"),))
+    cost = selection_flops(spider, text=67) / 2
+    assert cost == pytest.approx(75.5e9, rel=1e-3)
+    assert cost / (macv(schedule(llava_7b())) / 32) == pytest.approx(0.63, abs=0.005)
+
+
+def test_rules_counted_by_hand() -> None:
+    """Two layers, 4 visual rows and 1 text row, heads 6 wide in all, keys and values 2 wide."""
+    model = geometry(6, 5, 2, 4, heads=3, kv_heads=1)
+
+    def cost(rule: SelectionRule) -> int:
+        return selection_flops(schedule(model, select=(Select(layer=1, keep=1, by=rule),)), text=1)
+
+    assert cost(TextAttention()) == 2 * (6 * 1 * (4 + 1) + 4 * 1 * 6)  # weights of text rows, raters
+    assert cost(ValueInfluence()) == 2 * (6 * (4 + 1) + 4 * 2)  # last row's weights, norms of values
+    assert cost(RandomOrder()) == cost(RouterScores()) == cost(CrossAndSelfAttention()) == 0
 
 
 def _last_digit(printed: str) -> float:
