@@ -368,10 +368,9 @@ def good_decisions(draw: st.DrawFn) -> tuple[ModelSpec, Decisions]:
     )
     live = encoder.keep if encoder else visual
     for layer in range(inject, exit_):
-        ways: list[SelectionRule] = (
-            [RandomOrder()] + [OWN] * sees[layer] + [PREVIOUS] * (layer > inject and sees[layer - 1])
-        )
-        if ways and draw(st.booleans()):
+        ways: list[SelectionRule] = [RandomOrder()]
+        ways += [OWN] * sees[layer] + [PREVIOUS] * (layer > inject and sees[layer - 1])
+        if draw(st.booleans()):
             live = draw(st.integers(1, live))
             selects.append(Select(layer=layer, keep=live, by=draw(st.sampled_from(ways))))
     hides = any({"text_keys", "visual_keys"} & said.keys() for said in fields)
