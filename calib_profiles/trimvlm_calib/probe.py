@@ -105,3 +105,12 @@ class Probe:
     def _features(self) -> list[Any]:
         reference = Reference(self._model, resolve(Decisions(), self.spec))
         return [reference.features(inputs) for inputs in self.inputs]
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face model; None where nothing is measured (a method with `SAMPLES` 0)."""
+        return self._model
+
+    def visual_rows(self, inputs: Mapping[str, Any]) -> np.ndarray:
+        """Rows int64 [N] of a sample's prompt that hold visual tokens, ascending."""
+        return self._visual(inputs)
