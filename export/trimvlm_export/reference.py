@@ -13,6 +13,7 @@ How to use it (one prompt at a time, the model best loaded in float32):
         logits_V = reference.step(token)           # one decode step after that prefill
         ids = reference.generate(inputs, max_new_tokens=16)
         again = reference.prefill(inputs, forced=run.selected)  # selections given from outside
+        late = reference.prefill(inputs, resume=(2, dense.hidden[2]))  # layers 2.. only
 
 Inside `with` the model belongs to the reference; afterwards it is as it was. Selections are numbered by
 visual row, 0..M*N-1, in every stage; `scores[s]` list the rows that entered stage s, ascending.
@@ -23,7 +24,8 @@ H heads, G key/value heads, C head size, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimvlm.errors import UserError
 from trimvlm.schedule import Schedule
-from trimvlm_export.reference_prompt import Prefill, PromptRun
+from trimvlm_export.reference_prompt import Prefill, PromptRun, check_resume
 from trimvlm_export.reference_rows import PromptRows, attention
 
 ATTENTION = "trimvlm_reference"
@@ -44,6 +46,9 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
 class Reference:
     """A LLaVA model under a Schedule. See the module's text.
 
+    Attributes:
+        layers_run: decoder layers that prefills have run so far, all together.
+
     Raises:
         UserError: the Schedule is for another geometry than the model's.
     """
@@ -52,6 +57,7 @@ class Reference:
         assert not model.training, "call model.eval() first"
         self.model = model
         self.schedule = schedule
+        self.layers_run = 0
         self._decoder: Any = model.model.language_model
         for name, found in (
             ("layers", self._decoder.config.num_hidden_layers),
@@ -99,6 +105,7 @@ class Reference:
         *,
         forced: Sequence[np.ndarray] | None = None,
         features: torch.Tensor | None = None,
+        resume: tuple[int, np.ndarray] | None = None,
         detail: bool = True,
     ) -> Prefill:
         """Runs the prompt.
@@ -107,11 +114,15 @@ class Reference:
             inputs: `input_ids` [1, S] with expanded image tokens and `pixel_values`, as AutoProcessor gives.
             forced: per stage, visual rows that replace the selection.
             features: what `features(inputs)` gave before, where many runs share an image.
+            resume: a layer and its input [S, D], `hidden[layer]` of a dense run of this prompt: only this
+                layer and those after it are run. What is recorded of the layers before is empty, and such a
+                run cannot decode.
             detail: also record `hidden` and `kv`, which are large.
 
         Raises:
-            UserError: more than one prompt, padding, a prompt that ends in an image, or images that give
-                another number of visual tokens than the Schedule says.
+            UserError: more than one prompt, padding, a prompt that ends in an image, images that give another
+                number of visual tokens than the Schedule says, or a `resume` after a layer that the Schedule
+                changes or a selection ranks by.
         """
         assert self._hooks, "use the reference inside `with`"
         ids = inputs["input_ids"].to(self.model.device)
@@ -126,6 +137,11 @@ class Reference:
             )
         embedded = self._decoder.embed_tokens(ids)
         embedded[0, rows.visual] = projected.to(embedded.dtype)
+        first = 0
+        if resume is not None:
+            first = resume[0]
+            check_resume(self.schedule, first)
+            embedded = torch.as_tensor(resume[1]).to(embedded)[None]
         self._run = PromptRun(
             schedule=self.schedule,
             decoder=self._decoder,
@@ -134,15 +150,17 @@ class Reference:
             forced=forced,
             cache=DynamicCache(config=self._decoder.config),
             detail=detail,
+            first=first,
         )
-        self._run.prefill.logits = self._forward(embedded)
+        with self._layers_from(first):
+            self._run.prefill.logits = self._forward(embedded)
         self._run.start_decoding()
         return self._run.prefill
 
     @torch.no_grad()
     def step(self, token: int) -> np.ndarray:
         """Decodes one token after `prefill` or another `step`; returns logits [V] for the next."""
-        assert self._run is not None, "prefill first"
+        assert self._run is not None and not self._run.first, "prefill first, and not resumed"
         logits_V = self._forward(
             self._decoder.embed_tokens(torch.tensor([[token]], device=self.model.device))
         )
@@ -179,6 +197,16 @@ class Reference:
         )
         return out.logits[0, -1].float().cpu().numpy()
 
+    @contextmanager
+    def _layers_from(self, first: int) -> Iterator[None]:
+        """The text model with its last layers only."""
+        whole = self._decoder.layers
+        self._decoder.layers = torch.nn.ModuleList(list(whole)[first:])
+        try:
+            yield
+        finally:
+            self._decoder.layers = whole
+
     def _install(self, number: int, layer: Any) -> list[torch.utils.hooks.RemovableHandle]:
         """Hooks that make one decoder layer follow its row of the Schedule."""
         row = self.schedule.rows[number]
@@ -201,6 +229,7 @@ class Reference:
             return run().take_back(output, row.ffn)
 
         def after_layer(module: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            self.layers_run += not run().decoding
             return run().leave(row, args[0] if row.execute == "none" else output)
 
         return [

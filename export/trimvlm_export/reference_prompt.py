@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from trimvlm.errors import UserError
 from trimvlm.profile import ActiveRows
 from trimvlm.rules import reads
 from trimvlm.schedule import Row, Schedule
@@ -54,6 +55,7 @@ class PromptRun:
         projected: projector outputs [M*N, D].
         forced: per stage, visual rows to take instead of the best.
         detail: record hidden states and KV.
+        first: the layer that the prefill starts at; those before ran densely, elsewhere.
         generated: decode steps done so far.
     """
 
@@ -64,9 +66,16 @@ class PromptRun:
     forced: Sequence[np.ndarray] | None
     cache: DynamicCache
     detail: bool
+    first: int = 0
     generated: int = 0
     decoding: bool = False
     prefill: Prefill = field(default_factory=Prefill)
+
+    def __post_init__(self) -> None:
+        record, nothing = self.prefill, np.empty(0, np.float32)
+        record.live = [np.ones_like(self.rows.is_text)] * self.first
+        record.last_row = [nothing] * self.first
+        record.hidden = [nothing] * (self.first if self.detail else 0)
 
     def enter(self, row: Row, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
         """At a layer's input: injection, exit, selection. `hidden` is [1, S, D], and so is the result."""
@@ -159,7 +168,7 @@ class PromptRun:
 
     def _cached(self, row: Row) -> tuple[np.ndarray, np.ndarray] | None:
         """Keys and values that the layer keeps for decode, visual rows first."""
-        if row.execute == "none":
+        if row.execute == "none" or row.layer < self.first:
             return None
         live_visual = self.rows.visual[self.prefill.live[row.layer][self.rows.visual]]
         kept = live_visual[: len(live_visual) if row.cache == "live" else 0]
@@ -171,3 +180,26 @@ class PromptRun:
     def _note_hidden(self, hidden: torch.Tensor) -> None:
         if self.detail:
             self.prefill.hidden.append(hidden[0].float().cpu().numpy())
+
+
+def check_resume(schedule: Schedule, first: int) -> None:
+    """Refuses to start at layer `first` with the input that it has in the dense model.
+
+    Raises:
+        UserError: the Schedule does something before that layer, or ranks by the layer before it.
+    """
+    tokens = schedule.visual_tokens
+    if not 0 <= first < len(schedule.rows):
+        raise UserError(f"resume: layer {first} is not within 0..{len(schedule.rows) - 1}")
+    for row in schedule.rows[:first]:
+        if row != Row(layer=row.layer, live=tokens, after=tokens):
+            raise UserError(
+                f"resume: layer {row.layer} is not as in the dense model; resume at or before layer "
+                f"{row.layer}"
+            )
+    select = schedule.rows[first].select
+    if first and select and reads(select.by) == "previous":
+        raise UserError(
+            f"resume: layer {first} selects by the attention of layer {first - 1}; resume at or before layer "
+            f"{first - 1}"
+        )
