@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import skimage.data
 import sklearn.datasets
 from PIL import Image
+from transformers.image_transforms import convert_to_rgb
 
 from trimvlm.bundle import ImageProcessing
 from trimvlm.errors import UserError
@@ -122,8 +124,15 @@ def modes() -> dict[str, Image.Image]:
     }
 
 
+def skip_where_transformers_drops_transparency(mode: str) -> None:
+    """transformers 5.20, the last for Python 3.10, drops it; later ones put white behind, and so do we."""
+    if mode in {"RGBA", "LA", "P transparent"} and "return_numpy" not in signature(convert_to_rgb).parameters:
+        pytest.skip("this transformers drops transparency")
+
+
 @pytest.mark.parametrize("mode", modes())
 def test_modes_as_pillow_images(mode: str, theirs):
+    skip_where_transformers_drops_transparency(mode)
     agree("demo", theirs, modes()[mode])
 
 
@@ -135,6 +144,8 @@ def test_modes_as_pillow_images(mode: str, theirs):
     ],
 )
 def test_modes_as_files(mode: str, suffix: str, tmp_path: Path, theirs):
+    if mode == "P transparent":  # other transparent files lose it when they are opened
+        skip_where_transformers_drops_transparency(mode)
     path = tmp_path / f"picture.{suffix}"
     image = modes()[mode]
     image.save(path, **({"transparency": 7} if "transparent" in mode else {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from trimvlm_tools.bench.geometry import GEOMETRIES, IMAGE, Geometry, find_geome
 from trimvlm_tools.bench.harness import Contender, Race, Spread, graph_contender, race
 from trimvlm_tools.bench.machine import fingerprint
 from trimvlm_tools.bench.memory import parse_kernel_fields, phases
+from trimvlm_tools.bench.peer import check_peer
 from trimvlm_tools.bench.prefill import contests
 from trimvlm_tools.bench.report import Bar, Report, as_text
 from trimvlm_tools.bench.size import checkpoint_bytes
@@ -288,7 +290,23 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, says, capsys, t
     assert says in said and "\n" not in said
 
 
+def peer_is_installed() -> bool:
+    with contextlib.suppress(UserError):
+        check_peer()
+        return True
+    return False
+
+
+def test_peer_that_cannot_be_exported_stops_the_command_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trimvlm_tools.bench.peer.SETTINGS", {"no_such_setting": True})
+    assert main(["bench", "--geometry", "tiny", "--against", "transformers"]) == 2
+    assert "exports without ONNX Runtime's fusions" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not peer_is_installed(), reason="this transformers has no ONNX Runtime fusions")
 def test_the_whole_command_on_the_tiny_geometry(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = [

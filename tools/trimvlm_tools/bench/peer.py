@@ -9,6 +9,7 @@ the peer's favour. Its attention masks nothing but the future, as ours.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from trimvlm.errors import UserError
 from trimvlm_tools.bench.geometry import GEOMETRY_FILE, Geometry
 from trimvlm_tools.bench.machine import fingerprint
 from trimvlm_tools.bench.quiet import quiet
@@ -45,6 +47,22 @@ def export_peer(checkpoint: Path, geometry: Geometry, directory: Path) -> Path:
         _export(checkpoint, geometry, directory)
         stamp.write_text(made)  # last: without it the directory counts as not made
     return directory / GRAPH
+
+
+def check_peer() -> None:
+    """Refuses a transformers whose exporter lacks the settings that the peer is measured with.
+
+    Raises:
+        UserError: naming the version.
+    """
+    import transformers
+    from transformers.exporters.configs import OnnxConfig
+
+    if not set(SETTINGS) <= set(inspect.signature(OnnxConfig).parameters):
+        raise UserError(
+            f"--against transformers: transformers {transformers.__version__} exports without ONNX Runtime's "
+            "fusions; install 5.23 or newer (it needs Python 3.11), or leave --against out"
+        )
 
 
 def _export(checkpoint: Path, geometry: Geometry, directory: Path) -> None:

@@ -16,6 +16,7 @@ from trimvlm_tools.bench.decisions import bench_profiles
 from trimvlm_tools.bench.geometry import GEOMETRY_FILE, Geometry, make_checkpoint
 from trimvlm_tools.bench.machine import Busy, fingerprint
 from trimvlm_tools.bench.memory import session_memory
+from trimvlm_tools.bench.peer import check_peer
 from trimvlm_tools.bench.prefill import (
     DENSE,
     PEER,
@@ -38,7 +39,12 @@ def bench_geometry(
         against: `transformers`, or None for no peer.
         methods: names of `bench_profiles`; empty: all. Dense always runs.
         cache: directory for checkpoints, bundles and the peer's graph; what is there already is used.
+
+    Raises:
+        UserError: an unknown method, or a peer that cannot be exported here; before anything is made.
     """
+    if against == PEER:
+        check_peer()
     machine = fingerprint()
     profiles = _wanted(bench_profiles(geometry.model_spec()), methods)
     checkpoint = make_checkpoint(geometry, cache / "checkpoints" / geometry.name)
