@@ -20,11 +20,13 @@ class Measured(Value, frozen=True, kw_only=True):
 
     Attributes:
         exact_match: share of answers that equal the expected text.
+        right: the same question by question.
         text_rows: median number of text rows of a prompt.
         tokens_per_second: decode only, over all questions; None if every answer was one token.
     """
 
     exact_match: float
+    right: tuple[bool, ...]
     text_rows: int
     preprocess: float
     vision: float
@@ -33,22 +35,23 @@ class Measured(Value, frozen=True, kw_only=True):
     first_token: float
     tokens_per_second: float | None
 
-
 def measure(bundle: Bundle, profile: str, questions: Sequence[Sample]) -> Measured:
     """Asks all questions, after a warm-up."""
-    right, timings, text_rows = 0, [], []
+    right: list[bool] = []
+    timings, text_rows = [], []
     with Session.open(bundle, profile) as session:
         for number, question in enumerate([*questions[:WARM_UP], *questions]):
             answer = "".join(session.generate(question.question, [question.image], max_new_tokens=16))
             if number < WARM_UP:
                 continue
-            right += answer.strip() == question.answer
+            right.append(answer.strip() == question.answer)
             timings.append(session.timings)
             text_rows.append(len(session.prompt(question.question, 1).input_ids))
     tokens = sum(timing.decode_tokens for timing in timings)
     selects = [timing.select for timing in timings if timing.select is not None]
     return Measured(
-        exact_match=right / len(questions),
+        exact_match=sum(right) / len(right),
+        right=tuple(right),
         text_rows=round(median(text_rows)),
         preprocess=median(timing.preprocess or 0.0 for timing in timings),
         vision=median(timing.vision or 0.0 for timing in timings),

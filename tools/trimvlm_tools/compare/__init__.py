@@ -1,0 +1,1 @@
+"""`trimvlm compare`: every method at matched FLOPs on the same questions."""

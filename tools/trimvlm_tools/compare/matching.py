@@ -1,0 +1,96 @@
+"""Which parameters bring a method to a share of the dense model's FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from trimvlm.accounting import mac2, selection_flops
+from trimvlm.errors import UserError
+from trimvlm.profile import Decisions
+from trimvlm.schedule import resolve
+from trimvlm.value import Value
+from trimvlm_calib.methods import find
+from trimvlm_calib.outcome import Outcome, merge
+from trimvlm_calib.probe import Probe
+
+TOLERANCE = 0.03  # farther from the target than this share of the dense FLOPs is no match
+STEPS = 12  # bisections; the budgets of a layer are whole tokens and layers anyway
+
+
+class Matched(Value, frozen=True, kw_only=True):
+    """A method at a target.
+
+    Attributes:
+        parameters: by method, every parameter that was used.
+        flops_ratio: MAC2 of the prefill over the dense model's, scoring included.
+    """
+
+    outcome: Outcome
+    parameters: dict[str, dict[str, Any]]
+    flops_ratio: float
+
+
+def flops_ratio(decisions: Decisions, probe: Probe, text: int) -> float:
+    """MAC2 of the decoder's prefill over the dense model's, for one image and `text` text rows; what ranks
+    tokens is counted."""
+    schedule, dense = resolve(decisions, probe.spec), resolve(Decisions(), probe.spec)
+    return (mac2(schedule, text) + selection_flops(schedule, text)) / mac2(dense, text)
+
+
+def match(
+    expression: str,
+    probe: Probe,
+    target: float,
+    text: int,
+    overrides: Mapping[str, Mapping[str, Any]],
+) -> Matched:
+    """Bisects the methods' `at_share` until the FLOPs are nearest to `target`.
+
+    Args:
+        expression: a method, or several as in `fastv+v-skip`.
+        target: share of the dense model's FLOPs, 0..1.
+        overrides: by method, parameters that are not the published ones.
+
+    Raises:
+        UserError: no share comes within `TOLERANCE` of the target; the message gives the nearest.
+    """
+    low, high = 0.0, 1.0
+    best: Matched | None = None
+    reasons: list[str] = []
+    for _ in range(STEPS):
+        share = (low + high) / 2
+        try:
+            found = _at(expression, probe, share, text, overrides)
+        except UserError as error:  # too strong for this model: nothing left to keep
+            reasons.append(str(error))
+            low = share
+            continue
+        if best is None or abs(found.flops_ratio - target) < abs(best.flops_ratio - target):
+            best = found
+        low, high = (share, high) if found.flops_ratio < target else (low, share)
+    if best is None:
+        raise UserError(f"{expression}: {reasons[-1]}")
+    if abs(best.flops_ratio - target) > TOLERANCE:
+        raise UserError(
+            f"{expression}: {target:.0%} of the dense FLOPs is out of reach, the nearest is "
+            f"{best.flops_ratio:.1%}"
+        )
+    return best
+
+
+def _at(
+    expression: str, probe: Probe, share: float, text: int, overrides: Mapping[str, Mapping[str, Any]]
+) -> Matched:
+    outcomes, used = {}, {}
+    for name, method in find(expression).items():
+        at_share = getattr(method, "at_share", None)
+        if at_share is None:
+            raise UserError(f"{name} has no at_share: nothing says how to bring it to a share of the FLOPs")
+        settings = msgspec.structs.replace(at_share(share), **overrides.get(name, {}))
+        outcomes[name] = method.calibrate(probe, settings)
+        used[name] = msgspec.to_builtins(settings)
+    outcome = merge(outcomes)
+    return Matched(outcome=outcome, parameters=used, flops_ratio=flops_ratio(outcome.decisions, probe, text))
