@@ -9,7 +9,7 @@ How to use it (one prompt at a time, the model best loaded in float32):
     model = LlavaForConditionalGeneration.from_pretrained(directory, dtype="float32").eval()
     inputs = processor(images=image, text=prompt, return_tensors="pt")
     with Reference(model, schedule) as reference:
-        run = reference.prefill(inputs)            # run.logits, run.selected, run.scores, run.hidden, run.kv
+        run = reference.prefill(inputs)            # run.logits, run.selected, ...: see Prefill
         logits_V = reference.step(token)           # one decode step after that prefill
         ids = reference.generate(inputs, max_new_tokens=16)
         again = reference.prefill(inputs, forced=run.selected)  # selections given from outside
@@ -34,10 +34,14 @@ import torch
 from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trimvlm.encoder_rules import EncoderStage
 from trimvlm.errors import UserError
 from trimvlm.schedule import Schedule
-from trimvlm_export.reference_prompt import Prefill, PromptRun, check_resume
-from trimvlm_export.reference_rows import PromptRows, attention
+from trimvlm_export.reference_checks import check_model, check_resume, check_router
+from trimvlm_export.reference_hooks import install
+from trimvlm_export.reference_prompt import Forced, PromptRun
+from trimvlm_export.reference_record import Prefill
+from trimvlm_export.reference_rows import PromptRows, attention, cut_images
 
 ATTENTION = "trimvlm_reference"
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
@@ -46,25 +50,33 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
 class Reference:
     """A LLaVA model under a Schedule. See the module's text.
 
+    Args:
+        model: in evaluation mode.
+        schedule: what to follow.
+        encoder: the encoder stage that the Schedule was made for: features are then reduced by it, and
+            prompts of the whole image cut accordingly. Without it, features and prompts that have been
+            reduced elsewhere are expected.
+
     Attributes:
         layers_run: decoder layers that prefills have run so far, all together.
 
     Raises:
-        UserError: the Schedule is for another geometry than the model's.
+        UserError: the Schedule is for another geometry than the model's, or another budget than the stage's.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        schedule: Schedule,
+        encoder: EncoderStage | None = None,
+    ) -> None:
         assert not model.training, "call model.eval() first"
         self.model = model
         self.schedule = schedule
+        self.encoder = encoder
         self.layers_run = 0
         self._decoder: Any = model.model.language_model
-        for name, found in (
-            ("layers", self._decoder.config.num_hidden_layers),
-            ("hidden", self._decoder.config.hidden_size),
-        ):
-            if (wanted := getattr(schedule.model, name)) != found:
-                raise UserError(f"the schedule is for a model with {name} {wanted}, but this one has {found}")
+        check_model(schedule, self._decoder.config, encoder)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._run: PromptRun | None = None
 
@@ -74,7 +86,8 @@ class Reference:
         self._attention_before = config._attn_implementation
         config._attn_implementation = ATTENTION
         for number, layer in enumerate(self._decoder.layers):
-            self._hooks += self._install(number, layer)
+            self._hooks += install(layer, self.schedule.rows[number], self._running)
+            self._hooks.append(layer.register_forward_hook(lambda *_: self._count()))
         return self
 
     def __exit__(
@@ -88,15 +101,23 @@ class Reference:
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Projector outputs [M*N, D] of the images of `inputs`, image after image."""
+        """Rows [M*N, D] of the images of `inputs` that enter the decoder, image after image."""
+        return self.encode(inputs)[0]
+
+    @torch.no_grad()
+    def encode(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, list[np.ndarray]]:
+        """As `features`, and per image the patches that the encoder stage chose (none without a stage)."""
         pixels = inputs.get("pixel_values")
         if pixels is None:
-            return torch.empty(
-                0, self.schedule.model.hidden, dtype=self.model.dtype, device=self.model.device
-            )
+            nothing = torch.empty(0, self.schedule.model.hidden, dtype=self.model.dtype)
+            return nothing.to(self.model.device), []
         pixels = pixels.to(self.model.device, self.model.dtype)
+        if self.encoder is not None:
+            from trimvlm_export.reference_encoder import reduced_features
+
+            return reduced_features(self.model, pixels, self.encoder)
         output: Any = self.model.get_image_features(pixel_values=pixels, return_dict=True)
-        return torch.cat(list(output.pooler_output), dim=0)
+        return torch.cat(list(output.pooler_output), dim=0), []
 
     @torch.no_grad()
     def prefill(
@@ -104,7 +125,9 @@ class Reference:
         inputs: Mapping[str, Any],
         *,
         forced: Sequence[np.ndarray] | None = None,
+        forced_skip: Sequence[np.ndarray] | None = None,
         features: torch.Tensor | None = None,
+        router_scores: np.ndarray | None = None,
         resume: tuple[int, np.ndarray] | None = None,
         detail: bool = True,
     ) -> Prefill:
@@ -112,8 +135,10 @@ class Reference:
 
         Args:
             inputs: `input_ids` [1, S] with expanded image tokens and `pixel_values`, as AutoProcessor gives.
-            forced: per stage, visual rows that replace the selection.
+            forced: per selection, visual rows that replace it.
+            forced_skip: per skip stage, visual rows that are in skip mode from there on instead.
             features: what `features(inputs)` gave before, where many runs share an image.
+            router_scores: float32 [M*N], what selections by `router` rank.
             resume: a layer and its input [S, D], `hidden[layer]` of a dense run of this prompt: only this
                 layer and those after it are run. What is recorded of the layers before is empty, and such a
                 run cannot decode.
@@ -121,14 +146,18 @@ class Reference:
 
         Raises:
             UserError: more than one prompt, padding, a prompt that ends in an image, images that give another
-                number of visual tokens than the Schedule says, or a `resume` after a layer that the Schedule
-                changes or a selection ranks by.
+                number of visual tokens than the Schedule says, router scores that are missing or too many,
+                or a `resume` after a layer that the Schedule changes or a selection ranks by.
         """
         assert self._hooks, "use the reference inside `with`"
         ids = inputs["input_ids"].to(self.model.device)
-        rows = PromptRows.of(
-            ids, inputs.get("attention_mask"), self.model.config.image_token_id, self.schedule.model
-        )
+        image_token, tokens = self.model.config.image_token_id, self.schedule.model.visual_tokens
+        if self.encoder is None:
+            tokens = self.schedule.visual_tokens
+        rows = PromptRows.of(ids, inputs.get("attention_mask"), image_token, tokens)
+        if self.encoder is not None:
+            ids = cut_images(ids, image_token, tokens, self.encoder.keep)
+            rows = PromptRows.of(ids, None, image_token, self.encoder.keep)
         projected = self.features(inputs) if features is None else features
         if len(projected) != len(rows.visual):
             raise UserError(
@@ -137,23 +166,26 @@ class Reference:
             )
         embedded = self._decoder.embed_tokens(ids)
         embedded[0, rows.visual] = projected.to(embedded.dtype)
-        first = 0
+        check_router(self.schedule, router_scores, len(rows.visual))
+        first, stream = 0, embedded
         if resume is not None:
             first = resume[0]
             check_resume(self.schedule, first)
-            embedded = torch.as_tensor(resume[1]).to(embedded)[None]
+            stream = torch.as_tensor(resume[1]).to(embedded)[None]
         self._run = PromptRun(
             schedule=self.schedule,
             decoder=self._decoder,
             rows=rows,
-            projected=projected,
-            forced=forced,
+            head=self.model.lm_head.weight,
+            embedded=embedded[0],
+            forced=Forced(forced, forced_skip),
+            router_scores=router_scores,
             cache=DynamicCache(config=self._decoder.config),
             detail=detail,
             first=first,
         )
         with self._layers_from(first):
-            self._run.prefill.logits = self._forward(embedded)
+            self._run.prefill.logits = self._forward(stream)
         self._run.start_decoding()
         return self._run.prefill
 
@@ -173,13 +205,22 @@ class Reference:
         max_new_tokens: int,
         *,
         forced: Sequence[np.ndarray] | None = None,
+        forced_skip: Sequence[np.ndarray] | None = None,
         features: torch.Tensor | None = None,
+        router_scores: np.ndarray | None = None,
     ) -> list[int]:
         """Greedy ids of the answer, the end token included where it was reached."""
         assert self.model.generation_config is not None
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        logits_V = self.prefill(inputs, forced=forced, features=features, detail=False).logits
+        logits_V = self.prefill(
+            inputs,
+            forced=forced,
+            forced_skip=forced_skip,
+            features=features,
+            router_scores=router_scores,
+            detail=False,
+        ).logits
         ids: list[int] = []
         while len(ids) < max_new_tokens:
             if ids:
@@ -207,35 +248,9 @@ class Reference:
         finally:
             self._decoder.layers = whole
 
-    def _install(self, number: int, layer: Any) -> list[torch.utils.hooks.RemovableHandle]:
-        """Hooks that make one decoder layer follow its row of the Schedule."""
-        row = self.schedule.rows[number]
+    def _running(self) -> PromptRun:
+        assert self._run is not None
+        return self._run
 
-        def run() -> PromptRun:
-            assert self._run is not None
-            return self._run
-
-        def before_layer(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return (run().enter(row, layer, args[0]), *args[1:]), kwargs
-
-        def before_attention(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return args, {**kwargs, **run().view(row, kwargs["hidden_states"])}
-
-        def after_attention(module: Any, args: tuple, output: tuple) -> tuple:
-            run().note_attention(output[1])
-            return (run().take_back(output[0], row.query), output[1])
-
-        def after_ffn(module: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            return run().take_back(output, row.ffn)
-
-        def after_layer(module: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            self.layers_run += not run().decoding
-            return run().leave(row, args[0] if row.execute == "none" else output)
-
-        return [
-            layer.register_forward_pre_hook(before_layer, with_kwargs=True),
-            layer.self_attn.register_forward_pre_hook(before_attention, with_kwargs=True),
-            layer.self_attn.register_forward_hook(after_attention),
-            layer.mlp.register_forward_hook(after_ffn),
-            layer.register_forward_hook(after_layer),
-        ]
+    def _count(self) -> None:
+        self.layers_run += not self._running().decoding

@@ -14,36 +14,21 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from trimvlm.errors import UserError
 from trimvlm.profile import ActiveRows
-from trimvlm.rules import reads
+from trimvlm.rules import LastRowAttention, RandomOrder, RouterScores, TextAttention, ValueInfluence
 from trimvlm.schedule import Row, Schedule
+from trimvlm_export import reference_scores
+from trimvlm_export.reference_record import Prefill
 from trimvlm_export.reference_rows import PromptRows, best
+from trimvlm_export.reference_skip import Skipping, redundancy_growth
 
 
 @dataclass
-class Prefill:
-    """What one prefill computed. Arrays are float32 unless said otherwise.
+class Forced:
+    """Visual rows taken instead of the best, per selection and per skip stage. None: free running."""
 
-    Attributes:
-        logits: [V], of the last row.
-        selected: per stage, int64 [K]: visual rows that survive, ascending.
-        scores: per stage, the score of each visual row that entered, in ascending row order.
-        live: per layer, bool [S]: rows in the residual stream while the layer runs.
-        last_row: per layer [H, S]: attention weights of the last row; zero where it does not look.
-        hidden: L+1 entries [S, D]: the input of each layer (after injection), and the last layer's output.
-            Rows that are not live hold values that nobody sees.
-        kv: per layer (keys, values), each [1, G, K+T, C], as the graph's `present_*`: cached visual rows
-            first, then text rows; None where the layer is not executed.
-    """
-
-    logits: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
-    selected: list[np.ndarray] = field(default_factory=list)
-    scores: list[np.ndarray] = field(default_factory=list)
-    live: list[np.ndarray] = field(default_factory=list)
-    last_row: list[np.ndarray] = field(default_factory=list)
-    hidden: list[np.ndarray] = field(default_factory=list)
-    kv: list[tuple[np.ndarray, np.ndarray] | None] = field(default_factory=list)
+    selected: Sequence[np.ndarray] | None = None
+    skipped: Sequence[np.ndarray] | None = None
 
 
 @dataclass
@@ -52,8 +37,9 @@ class PromptRun:
 
     Attributes:
         decoder: the Hugging Face text model.
-        projected: projector outputs [M*N, D].
-        forced: per stage, visual rows to take instead of the best.
+        head: weight of the LM head [V, D].
+        embedded: token embeddings [S, D], raw projector outputs for visual rows.
+        router_scores: float32 [M*N], or None where nothing selects by them.
         detail: record hidden states and KV.
         first: the layer that the prefill starts at; those before ran densely, elsewhere.
         generated: decode steps done so far.
@@ -61,9 +47,11 @@ class PromptRun:
 
     schedule: Schedule
     decoder: Any
+    head: torch.Tensor
     rows: PromptRows
-    projected: torch.Tensor
-    forced: Sequence[np.ndarray] | None
+    embedded: torch.Tensor
+    forced: Forced
+    router_scores: np.ndarray | None
     cache: DynamicCache
     detail: bool
     first: int = 0
@@ -76,130 +64,175 @@ class PromptRun:
         record.live = [np.ones_like(self.rows.is_text)] * self.first
         record.last_row = [nothing] * self.first
         record.hidden = [nothing] * (self.first if self.detail else 0)
+        self._live = np.ones_like(self.rows.is_text) if self.first else self.rows.is_text
+        self._masked = np.zeros_like(self.rows.is_text)  # live rows below a threshold
+        self._masked_at: list[np.ndarray] = [self._masked] * self.first
+        self._weights = torch.empty(0)  # [H, S, S] of the layer that ran last
+        self._skipping = Skipping.none(len(self.rows.visual))
 
     def enter(self, row: Row, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """At a layer's input: injection, exit, selection. `hidden` is [1, S, D], and so is the result."""
+        """At a layer's input: injection, exit, selection, skip stage. `hidden` and the result: [1, S, D]."""
         if self.decoding:
             return hidden
         rows, record = self.rows, self.prefill
-        live = record.live[-1] if record.live else rows.is_text
         if row.layer == self.schedule.inject:
             hidden = hidden.clone()
-            hidden[0, rows.visual] = self.projected.to(hidden.dtype)
-            live = np.ones_like(rows.is_text)
+            hidden[0, rows.visual] = self.embedded[rows.visual].to(hidden.dtype)
+            self._live = np.ones_like(rows.is_text)
         if row.layer == self.schedule.exit:
-            live = rows.is_text
-        if row.select:
-            scores = self._scores(row, layer, hidden, live)
-            candidates = np.flatnonzero(live[rows.visual])
-            chosen = candidates[best(scores, row.select.keep * rows.images)]
-            if self.forced is not None:
-                chosen = np.sort(np.asarray(self.forced[len(record.selected)], np.int64))
-                assert set(chosen) <= set(candidates), f"layer {row.layer}: forced rows are not live"
-            record.scores.append(scores)
-            record.selected.append(chosen)
-            live = rows.is_text.copy()
-            live[rows.visual[chosen]] = True
-        record.live.append(live)
+            self._live = rows.is_text
+        if row.select and not row.selects_inside:
+            self._select(row, self._scores(row, layer, hidden))
+        if row.skip_stage:
+            self._skip(row, hidden)
+        record.live.append(self._live)
+        self._masked_at.append(self._masked)
         self._note_hidden(hidden)
         return hidden
 
     def view(self, row: Row, hidden: torch.Tensor) -> dict[str, Any]:
-        """What the attention is given: RoPE angles, visible keys, weights to zero after the softmax."""
+        """What the attention is given: RoPE angles, visible keys, and what happens after the softmax."""
         rows, live, compact = self.rows, self.prefill.live[row.layer], self.schedule.positions == "compact"
-        zeroed = None
+        shown = ~self._masked_at[row.layer]
+        after: dict[str, Any] = {}
         if self.decoding:
             first = live.sum() if compact else len(live)
             ids = torch.tensor([[first + self.generated]])
-            kept = rows.is_text | (live & (row.cache == "live"))
+            kept = (rows.is_text | (live & (row.cache == "live"))) & shown
             generated = np.ones(self.generated + 1, dtype=bool)
             visible = torch.from_numpy(np.concatenate([kept, generated]))[None]
         else:
-            ids, visible = rows.position_ids(live, self.schedule.positions), rows.causal(live)
+            ids, visible = rows.position_ids(live, self.schedule.positions), rows.causal(live & shown)
             unseen = rows.hidden_keys(row)
             if self.schedule.mask == "post_softmax":
-                zeroed = unseen.to(hidden.device)
+                after["zeroed"] = unseen.to(hidden.device)
+                if row.text_keys == "sink":
+                    after["sink"] = rows.sink(live).to(hidden.device)
             else:
                 visible = visible & ~unseen
         angles = self.decoder.rotary_emb(hidden, ids.to(hidden.device))
-        return {"position_embeddings": angles, "visible": visible.to(hidden.device), "zeroed": zeroed}
+        return {"position_embeddings": angles, "visible": visible.to(hidden.device), **after}
 
-    def note_attention(self, weights: torch.Tensor) -> None:
-        """Records the last row of `weights` [1, H, S, S]."""
+    def attended(self, row: Row, output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """After the attention, with its `output` [1, S, D] and `weights` [1, H, S, P]: what it adds."""
         if not self.decoding:
-            self.prefill.last_row.append(weights[0, :, -1].cpu().numpy())
+            self._weights = weights[0]
+            looks = row.attends and row.execute == "both"
+            self.prefill.last_row.append((self._weights[:, -1] * looks).cpu().numpy())
+            if row.selects_inside:
+                keys = self._live_keys()
+                scores = reference_scores.cross_and_self_attention(self._weights, self.rows.is_text, keys)
+                self._select(row, scores)
+        return self._take_back(output, row.query) if row.attends else torch.zeros_like(output)
 
-    def take_back(self, delta: torch.Tensor, active: ActiveRows) -> torch.Tensor:
-        """Zeroes what a sub-layer adds, `delta` [1, S, D], to visual rows that do not compute it."""
-        if self.decoding or active == "live":
-            return delta
-        delta = delta.clone()
-        delta[0, self.rows.visual] = 0
-        return delta
+    def fed_forward(self, row: Row, output: torch.Tensor) -> torch.Tensor:
+        """After the FFN, with its `output` [1, S, D]: what it adds."""
+        return torch.zeros_like(output) if row.sublayers == "attention" else self._take_back(output, row.ffn)
 
-    def leave(self, row: Row, hidden: torch.Tensor) -> torch.Tensor:
-        """At a layer's output."""
+    def leave(self, row: Row, hidden: torch.Tensor, unchanged: torch.Tensor) -> torch.Tensor:
+        """At a layer's output; `unchanged` is its input."""
+        if row.execute == "none" or (row.execute == "decode" and not self.decoding):
+            hidden = unchanged
         if not self.decoding and row.layer == len(self.schedule.rows) - 1:
             self._note_hidden(hidden)
         return hidden
 
     def start_decoding(self) -> None:
         """After the prefill: from here on there are no visual rows, only cached keys and values."""
+        rows = self.schedule.rows
+        for mask in self.schedule.masks:
+            row = next(row for row in rows if row.masked_by == mask and row.cached)
+            self.prefill.visible[mask] = ~self._masked_at[row.layer][self._cache_order(row)]
         if self.detail:
-            self.prefill.kv = [self._cached(row) for row in self.schedule.rows]
+            self.prefill.kv = [self._cached(row) for row in rows]
         self.decoding = True
 
-    def _scores(self, row: Row, layer: Any, hidden: torch.Tensor, entering: np.ndarray) -> np.ndarray:
-        """Score [rows that enter] of the selection at `row`: the last row's attention, mean over heads."""
+    def _live_keys(self) -> np.ndarray:
+        """Sequence indices of the live visual rows, ascending."""
+        return self.rows.visual[self._live[self.rows.visual]]
+
+    def _scores(self, row: Row, layer: Any, hidden: torch.Tensor) -> np.ndarray:
+        """Score of each live visual row in a selection at the input of `row`, float32."""
         assert row.select
-        if reads(row.select.by) == "previous":
-            last_HS = self.prefill.last_row[-1]
-        else:  # an auxiliary attention with this layer's own norm, Wq, Wk and RoPE; .forward: without hooks
-            ids = self.rows.position_ids(entering, self.schedule.positions).to(hidden.device)
-            _, weights = layer.self_attn.forward(
+        rule, rows, keys = row.select.by, self.rows, self._live_keys()
+        numbers = np.flatnonzero(self._live[rows.visual])
+        if isinstance(rule, RandomOrder):
+            return reference_scores.random_order(rule.seed, self.schedule.visual_tokens, rows.images)[numbers]
+        if isinstance(rule, RouterScores):
+            assert self.router_scores is not None
+            return np.asarray(self.router_scores, np.float32)[numbers]
+        if isinstance(rule, TextAttention):
+            raters = reference_scores.raters(self.embedded, rows.is_text)
+            return reference_scores.text_attention(self._weights, raters, keys)
+        if isinstance(rule, ValueInfluence):
+            before: Any = self.cache.layers[row.layer - 1]
+            return reference_scores.value_influence(self._weights, before.values[0], keys)
+        assert isinstance(rule, LastRowAttention)
+        weights = self._weights
+        if rule.attention == "own":  # with this layer's own norm, Wq, Wk and RoPE; .forward: without hooks
+            ids = rows.position_ids(self._live, self.schedule.positions).to(hidden.device)
+            _, (weights,) = layer.self_attn.forward(
                 layer.input_layernorm(hidden),
                 position_embeddings=self.decoder.rotary_emb(hidden, ids),
                 attention_mask=None,
-                visible=self.rows.causal(entering).to(hidden.device),
+                visible=rows.causal(self._live & ~self._masked).to(hidden.device),
             )
-            last_HS = weights[0, :, -1].cpu().numpy()
-        visual = self.rows.visual
-        return last_HS[:, visual[entering[visual]]].mean(axis=0, dtype=np.float32)
+        return reference_scores.last_row_attention(weights, keys)
+
+    def _select(self, row: Row, scores: np.ndarray) -> None:
+        """Keeps the best of the live visual rows, of which `scores` are, and applies a threshold to them."""
+        assert row.select
+        record, visual = self.prefill, self.rows.visual
+        candidates = np.flatnonzero(self._live[visual])
+        chosen = candidates[best(scores, row.select.keep * self.rows.images)]
+        if self.forced.selected is not None:
+            chosen = np.sort(np.asarray(self.forced.selected[len(record.selected)], np.int64))
+            assert set(chosen) <= set(candidates), f"layer {row.layer}: forced rows are not live"
+        record.scores.append(scores)
+        record.selected.append(chosen)
+        self._live = self.rows.is_text.copy()
+        self._live[visual[chosen]] = True
+        if isinstance(row.select.by, ValueInfluence) and row.select.by.threshold is not None:
+            self._masked = self._masked.copy()
+            self._masked[visual[candidates[~(scores > row.select.by.threshold)]]] = True
+
+    def _skip(self, row: Row, hidden: torch.Tensor) -> None:
+        """Rows enter skip mode at the input of `row`."""
+        assert self.schedule.skip
+        record, visual = self.prefill, self.rows.visual
+        live, text = np.flatnonzero(self._live[visual]), np.flatnonzero(self.rows.is_text)
+        growth = redundancy_growth(self.schedule.skip, hidden[0, visual[live]], hidden[0, text], self.head)
+        self._skipping.advance(growth, live, row.skipped * self.rows.images)
+        if self.forced.skipped is not None:
+            self._skipping.rows[:] = False
+            self._skipping.rows[np.asarray(self.forced.skipped[len(record.skipped)], np.int64)] = True
+            assert set(np.flatnonzero(self._skipping.rows)) <= set(live), f"layer {row.layer}: not live"
+        record.skip_scores.append(self._skipping.accumulator[live])
+        record.skipped.append(np.flatnonzero(self._skipping.rows))
+
+    def _take_back(self, delta: torch.Tensor, active: ActiveRows) -> torch.Tensor:
+        """Zeroes what a sub-layer adds, `delta` [1, S, D], to visual rows that do not compute it."""
+        if self.decoding or active == "live":
+            return delta
+        idle = self._skipping.rows if active == "unskipped" else slice(None)
+        delta = delta.clone()
+        delta[0, self.rows.visual[idle]] = 0
+        return delta
+
+    def _cache_order(self, row: Row) -> np.ndarray:
+        """Sequence indices of what the layer keeps for decode, visual rows first."""
+        live = self.rows.visual[self.prefill.live[row.layer][self.rows.visual]]
+        return np.concatenate([live if row.cached else live[:0], np.flatnonzero(self.rows.is_text)])
 
     def _cached(self, row: Row) -> tuple[np.ndarray, np.ndarray] | None:
-        """Keys and values that the layer keeps for decode, visual rows first."""
-        if row.execute == "none" or row.layer < self.first:
+        """Keys and values that the layer keeps for decode."""
+        if not row.attends or row.layer < self.first:
             return None
-        live_visual = self.rows.visual[self.prefill.live[row.layer][self.rows.visual]]
-        kept = live_visual[: len(live_visual) if row.cache == "live" else 0]
-        order = np.concatenate([kept, np.flatnonzero(self.rows.is_text)])
         stored: Any = self.cache.layers[row.layer]
+        order = self._cache_order(row)
         keys, values = (part[:, :, order].float().cpu().numpy() for part in (stored.keys, stored.values))
         return keys, values
 
     def _note_hidden(self, hidden: torch.Tensor) -> None:
         if self.detail:
             self.prefill.hidden.append(hidden[0].float().cpu().numpy())
-
-
-def check_resume(schedule: Schedule, first: int) -> None:
-    """Refuses to start at layer `first` with the input that it has in the dense model.
-
-    Raises:
-        UserError: the Schedule does something before that layer, or ranks by the layer before it.
-    """
-    tokens = schedule.visual_tokens
-    if not 0 <= first < len(schedule.rows):
-        raise UserError(f"resume: layer {first} is not within 0..{len(schedule.rows) - 1}")
-    for row in schedule.rows[:first]:
-        if row != Row(layer=row.layer, live=tokens, after=tokens):
-            raise UserError(
-                f"resume: layer {row.layer} is not as in the dense model; resume at or before layer "
-                f"{row.layer}"
-            )
-    select = schedule.rows[first].select
-    if first and select and reads(select.by) == "previous":
-        raise UserError(
-            f"resume: layer {first} selects by the attention of layer {first - 1}; resume at or before layer "
-            f"{first - 1}"
-        )

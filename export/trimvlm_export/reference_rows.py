@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from trimvlm.errors import UserError
-from trimvlm.profile import ModelSpec
 from trimvlm.schedule import Row
 
 
@@ -33,9 +32,9 @@ class PromptRows:
 
     @classmethod
     def of(
-        cls, ids: torch.Tensor, attention_mask: torch.Tensor | None, image_token: int, model: ModelSpec
+        cls, ids: torch.Tensor, attention_mask: torch.Tensor | None, image_token: int, tokens: int
     ) -> PromptRows:
-        """Reads the rows off `ids` [1, S].
+        """Reads the rows off `ids` [1, S], which hold `tokens` image tokens for each image.
 
         Raises:
             UserError: several prompts, padding, an image at the end, or a wrong number of image tokens.
@@ -46,11 +45,11 @@ class PromptRows:
         if not is_text[-1]:
             raise UserError("the prompt ends in an image; put text after it, selections rank by the last row")
         visual = np.flatnonzero(~is_text)
-        images, rest = divmod(len(visual), model.visual_tokens)
+        images, rest = divmod(len(visual), tokens)
         if rest:
             raise UserError(
-                f"the prompt has {len(visual)} image tokens, not a multiple of the "
-                f"{model.visual_tokens} per image that the profile is for"
+                f"the prompt has {len(visual)} image tokens, not a multiple of the {tokens} per image that "
+                "the profile is for"
             )
         return cls(is_text=is_text, visual=visual, images=images)
 
@@ -66,8 +65,21 @@ class PromptRows:
 
     def hidden_keys(self, row: Row) -> torch.Tensor:
         """Visual keys bool [S, S] that `text_keys` and `visual_keys` hide at prefill."""
-        blind_S = np.where(self.is_text, row.text_keys == "none", row.visual_keys == "none")
+        blind_S = np.where(self.is_text, row.text_keys != "live", row.visual_keys == "none")
         return torch.from_numpy(blind_S[:, None] & ~self.is_text[None])
+
+    def sink(self, live: np.ndarray) -> torch.Tensor:
+        """Bool [S, S]: where the weight goes that a text row loses, the first live visual row."""
+        first_S = np.zeros_like(live)
+        first_S[np.flatnonzero(live & ~self.is_text)[:1]] = True
+        return torch.from_numpy(self.is_text[:, None] & first_S[None])
+
+
+def cut_images(ids: torch.Tensor, image_token: int, tokens: int, keep: int) -> torch.Tensor:
+    """`ids` [1, S] with `keep` image tokens for each image instead of `tokens`."""
+    images = ids[0] == image_token
+    place = (images.cumsum(0) - 1) % tokens
+    return ids[:, ~images | (place < keep)]
 
 
 def attention(  # noqa: PLR0917 - transformers' signature
@@ -79,6 +91,7 @@ def attention(  # noqa: PLR0917 - transformers' signature
     scaling: float,
     visible: torch.Tensor,
     zeroed: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention as the textbook has it, in float32, as a transformers attention function.
@@ -89,6 +102,7 @@ def attention(  # noqa: PLR0917 - transformers' signature
         attention_mask: None; `visible` says it all.
         visible: bool [Q, P]: keys that take part in the softmax. A row that sees none gets zeros.
         zeroed: bool [Q, P]: weights set to zero after the softmax, without renormalising (VisiPruner's code).
+        sink: bool [Q, P], at most one key a row: gets what `zeroed` took from the row.
 
     Returns:
         Output [1, Q, H, C] in the query's dtype, and weights float32 [1, H, Q, P].
@@ -100,7 +114,10 @@ def attention(  # noqa: PLR0917 - transformers' signature
     scores = query.float() @ key.transpose(2, 3) * scaling
     weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1).nan_to_num(0.0)
     if zeroed is not None:
+        lost = (weights * zeroed).sum(dim=-1, keepdim=True)
         weights = weights.masked_fill(zeroed, 0.0)
+        if sink is not None:
+            weights = weights + lost * sink
     return (weights @ value).to(query.dtype).transpose(1, 2), weights
 
 
