@@ -12,12 +12,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from naive_decoder import NaiveDecoder
 from tiny_models import tiny_inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select
-from trimvlm.rules import LastRowAttention
+from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select, SkipMode, SkipStage
+from trimvlm.rules import (
+    CrossAndSelfAttention,
+    LastRowAttention,
+    RandomOrder,
+    RouterScores,
+    TextAttention,
+    ValueInfluence,
+)
 from trimvlm.schedule import resolve
 from trimvlm_export.reference import Reference
 
@@ -33,133 +41,7 @@ SPEC = ModelSpec(
     vocab=64,
     visual_tokens=N,
 )
-
-
-class NaiveGather:
-    """Rows are a list of (place in the prompt, vector); a layer only ever sees the rows that it is given."""
-
-    def __init__(self, model, decisions):
-        self.w = {k.removeprefix("model."): v.float() for k, v in model.state_dict().items()}
-        self.d = decisions
-        self.eps = model.config.text_config.rms_norm_eps
-
-    def norm(self, x, name):
-        return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * self.w[name]
-
-    def linear(self, x, name):
-        y = x @ self.w[name + ".weight"].T
-        return y + self.w[name + ".bias"] if name + ".bias" in self.w else y
-
-    def rope(self, x, places):  # x [rows, heads, C]; pairs are (i, i + C/2)
-        angles = torch.tensor(places)[:, None].float() * 10000.0 ** (-torch.arange(0, C, 2).float() / C)
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-        a, b = x[..., : C // 2], x[..., C // 2 :]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-    def qkv(self, x, at, places):
-        x = self.norm(x, f"{at}.input_layernorm.weight")
-        q, k, v = (self.linear(x, f"{at}.self_attn.{p}_proj").view(len(x), -1, C) for p in ("q", "k", "v"))
-        return self.rope(q, places), self.rope(k, places), v
-
-    def rule(self, layer, field, default):
-        said = [getattr(rule, field) for rule in self.d.layers if layer in rule.layers]
-        return next((value for value in said if value is not None), default)
-
-    def places(self, rows):
-        return list(range(len(rows))) if self.d.positions == "compact" else rows
-
-    def attend(self, q, keys, values, sees):
-        """q [H, C] of one row; sees: which keys. Returns [H*C] and weights [H, keys]."""
-        out, weights = [], torch.zeros(HEADS, len(keys))
-        for h in range(HEADS):
-            k, v = keys[:, h // (HEADS // KV)], values[:, h // (HEADS // KV)]
-            index = [j for j, seen in enumerate(sees) if seen]
-            p = torch.softmax((k[index] @ q[h]) / C**0.5, 0) if index else torch.zeros(0)
-            weights[h, index] = p
-            out.append(p @ v[index])
-        return torch.cat(out), weights
-
-    def prefill(self, ids, features, images):  # noqa: PLR0912 - naive on purpose, from top to bottom
-        d, S = self.d, len(ids)
-        is_text = [int(i) != 4 for i in ids]
-        number = {s: n for n, s in enumerate(s for s in range(S) if not is_text[s])}  # visual row numbers
-        embed = self.w["language_model.embed_tokens.weight"]
-        rows = [s for s in range(S) if is_text[s]]
-        x = {s: embed[ids[s]] for s in rows}
-        previous, self.selected, self.cache, self.counts = {}, [], [], []
-        for layer in range(LAYERS):
-            at = f"language_model.layers.{layer}"
-            if layer == d.inject:
-                x |= {s: features[n] for s, n in number.items()}
-                rows = list(range(S))
-            if layer == (LAYERS if d.exit is None else d.exit):
-                rows = [s for s in rows if is_text[s]]
-            for select in (s for s in d.select if s.layer == layer):
-                if select.by.attention == "own":
-                    q, k, v = self.qkv(torch.stack([x[s] for s in rows]), at, self.places(rows))
-                    weights = self.attend(q[-1], k, v, [True] * len(rows))[1]
-                    score = dict(zip(rows, weights.mean(0).tolist(), strict=True))
-                else:
-                    score = previous
-                visual = sorted((s for s in rows if not is_text[s]), key=lambda s: (-score[s], s))
-                kept = visual[: select.keep * images]
-                self.selected.append(sorted(number[s] for s in kept))
-                rows = [s for s in rows if is_text[s] or s in kept]
-            self.counts.append(len(rows))
-            if self.rule(layer, "execute", "both") == "none":
-                self.cache.append(None)
-                continue
-            h = torch.stack([x[s] for s in rows])
-            q, k, v = self.qkv(h, at, self.places(rows))
-            hides = {
-                True: self.rule(layer, "text_keys", "live"),
-                False: self.rule(layer, "visual_keys", "live"),
-            }
-            for i, s in enumerate(rows):
-                causal = [j <= i for j in range(len(rows))]
-                hidden = [hides[is_text[s]] == "none" and not is_text[r] for r in rows]
-                if d.mask == "additive":
-                    out, weights = self.attend(q[i], k, v, np.array(causal) & ~np.array(hidden))
-                else:
-                    _, weights = self.attend(q[i], k, v, causal)
-                    weights[:, torch.tensor(hidden)] = 0
-                    out = torch.einsum("hj,jhc->hc", weights, v.repeat_interleave(HEADS // KV, 1)).flatten()
-                if is_text[s] or self.rule(layer, "query", "live") == "live":
-                    x[s] = x[s] + self.linear(out, f"{at}.self_attn.o_proj")
-            previous = dict(zip(rows, weights.mean(0).tolist(), strict=True))
-            for s in rows:
-                if is_text[s] or self.rule(layer, "ffn", "live") == "live":
-                    x[s] = x[s] + self.ffn(x[s], at)
-            kept = [
-                i for i, s in enumerate(rows) if is_text[s] or self.rule(layer, "cache", "live") == "live"
-            ]
-            self.cache.append((k[kept], v[kept]))
-        self.length, self.generated = S, 0
-        return self.logits(x[S - 1])
-
-    def ffn(self, x, at):
-        x = self.norm(x, f"{at}.post_attention_layernorm.weight")
-        gate = torch.nn.functional.silu(self.linear(x, f"{at}.mlp.gate_proj"))
-        return self.linear(gate * self.linear(x, f"{at}.mlp.up_proj"), f"{at}.mlp.down_proj")
-
-    def logits(self, x):
-        return (self.norm(x, "language_model.norm.weight") @ self.w["lm_head.weight"].T).numpy()
-
-    def step(self, token):
-        x = self.w["language_model.embed_tokens.weight"][token]
-        for layer in range(LAYERS):
-            if self.cache[layer] is None:
-                continue
-            at = f"language_model.layers.{layer}"
-            start = self.counts[layer] if self.d.positions == "compact" else self.length
-            q, k, v = self.qkv(x[None], at, [start + self.generated])
-            keys, values = (torch.cat(pair) for pair in zip(self.cache[layer], (k, v), strict=True))
-            self.cache[layer] = (keys, values)
-            out, _ = self.attend(q[0], keys, values, [True] * len(keys))
-            x = x + self.linear(out, f"{at}.self_attn.o_proj")
-            x = x + self.ffn(x, at)
-        self.generated += 1
-        return self.logits(x)
+ROUTER = np.random.default_rng(2).random(2 * N, np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -171,19 +53,33 @@ def case(tmp_path_factory):
 
 @torch.no_grad()
 def compare(case, decisions, images=1, steps=(9, 30, 12)):
-    """Largest difference of selections, KV lengths and logits over the prefill and three decode steps."""
-    model, inputs = case[0], case[1][images]
-    naive = NaiveGather(model, decisions)
-    with Reference(model, resolve(decisions, SPEC)) as reference:
-        run = reference.prefill(inputs)
-        wanted = [naive.prefill(inputs["input_ids"][0], reference.features(inputs), images)]
+    """Selections, scores, skip stages, KV and logits over the prefill and three decode steps."""
+    model, inputs, router = case[0], case[1][images], ROUTER[: images * N]
+    naive, schedule = NaiveDecoder(model, decisions), resolve(decisions, SPEC)
+    with Reference(model, schedule) as reference:
+        run = reference.prefill(inputs, router_scores=router)
+        wanted = [naive.prefill(inputs["input_ids"][0], reference.features(inputs), images, router)]
         got = [run.logits]
-        lengths = [None if kv is None else kv[0].shape[2] for kv in run.kv]
-        assert lengths == [None if kv is None else len(kv[0]) for kv in naive.cache]
+        for kv, cached in zip(run.kv, naive.cache, strict=True):
+            assert (kv is None) == (cached is None)
+            for ours, theirs in zip(kv or (), cached or (), strict=False):
+                per_group = theirs[:, :: HEADS // KV].transpose(0, 1)[None]
+                np.testing.assert_allclose(ours, per_group, atol=1e-4)
+        for mask, visible in run.visible.items():
+            layer = next(row.layer for row in schedule.rows if row.masked_by == mask and row.cached)
+            assert visible.tolist() == naive.cache[layer][2]
         for token in steps:
             got.append(reference.step(token))
             wanted.append(naive.step(token))
     assert [list(rows) for rows in run.selected] == naive.selected
+    assert [list(rows) for rows in run.skipped] == naive.skipped
+    pairs = [
+        *zip(run.scores, naive.scores, strict=True),
+        *zip(run.skip_scores, naive.skip_scores, strict=True),
+    ]
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert tuple(run.visible) == schedule.masks
     np.testing.assert_allclose(got, wanted, atol=2e-4)
     return run
 
@@ -192,6 +88,21 @@ OWN, PREVIOUS = LastRowAttention(attention="own"), LastRowAttention(attention="p
 FASTV = Decisions(select=(Select(layer=2, keep=8, by=PREVIOUS),))
 PDROP = Decisions(
     select=tuple(Select(layer=i, keep=k, by=OWN) for i, k in ((1, 8), (2, 4), (3, 2))), positions="compact"
+)
+FITPRUNE = CrossAndSelfAttention()
+VISIPRUNER = Decisions(
+    select=(Select(layer=2, keep=12, by=ValueInfluence(threshold=0.2)), Select(layer=3, keep=11, by=OWN)),
+    layers=(
+        LayerRule(layers=(0,), text_keys="sink", visual_keys="none"),
+        LayerRule(layers=(3,), text_keys="live"),
+    ),
+    mask="post_softmax",
+)
+ASL_SKIP = Decisions(
+    skip=SkipMode(
+        stages=(SkipStage(layer=1, count=4), SkipStage(layer=2, count=9), SkipStage(layer=3, count=9))
+    ),
+    layers=(LayerRule(layers=(1, 3), query="unskipped"), LayerRule(layers=(2,), ffn="unskipped")),
 )
 
 
@@ -206,41 +117,101 @@ PDROP = Decisions(
         Decisions(inject=2, select=(Select(layer=2, keep=5, by=OWN), Select(layer=3, keep=1, by=PREVIOUS))),
         Decisions(layers=(LayerRule(layers=(0, 2), cache="none"), LayerRule(layers=(1,), execute="none"))),
         Decisions(layers=(LayerRule(layers=(0, 1), text_keys="none"),), mask="post_softmax"),
+        VISIPRUNER,
+        Decisions(
+            select=(Select(layer=1, keep=12, by=TextAttention()), Select(layer=3, keep=5, by=TextAttention()))
+        ),
+        Decisions(select=tuple(Select(layer=i, keep=15 - 4 * i, by=FITPRUNE) for i in range(4))),
+        ASL_SKIP,
+        Decisions(
+            select=(Select(layer=2, keep=5, by=RouterScores()),),
+            layers=(LayerRule(layers=(3,), execute="none"),),
+        ),
+        Decisions(select=(Select(layer=1, keep=5, by=RandomOrder(seed=4)),)),
+        Decisions(
+            layers=(LayerRule(layers=(1,), sublayers="ffn"), LayerRule(layers=(2,), sublayers="attention"))
+        ),
+        Decisions(layers=(LayerRule(layers=(1, 3), execute="decode"),)),
     ],
-    ids=["fastv", "pyramiddrop", "vtw", "vtw-compact", "hidivdrop", "late", "cache", "visipruner"],
-)
+    ids=[
+        "fastv", "pyramiddrop", "vtw", "vtw-compact", "hidivdrop", "late", "cache", "shallow", "visipruner",
+        "sparsevlm", "fitprune", "spider", "par", "random", "llm-drop", "shortgpt",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("images", [1, 2])
 def test_masking_equals_gathering(case, decisions, images):
     compare(case, decisions, images)
 
 
-rows = st.sampled_from([None, "none"])
-rules = st.builds(
+RULES = (
+    OWN,
+    PREVIOUS,
+    TextAttention(),
+    *(ValueInfluence(threshold=threshold) for threshold in (None, 0.0, 0.1, 0.2, 0.4)),
+    CrossAndSelfAttention(),
+    RandomOrder(seed=3),
+    RouterScores(),
+)
+
+
+@st.composite
+def skip_modes(draw, layers):
+    """At most two stages from the first of `layers` on, and what the rows that skip bypass there."""
+    at = sorted(draw(st.sets(st.sampled_from(layers), min_size=1, max_size=2)))
+    counts = sorted(draw(st.lists(st.integers(1, N // 2), min_size=len(at), max_size=len(at))))
+    terms = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    stages = tuple(SkipStage(layer=layer, count=count) for layer, count in zip(at, counts, strict=True))
+    field = draw(st.sampled_from(["query", "ffn"]))
+    rule = LayerRule(layers=tuple(layer for layer in layers if layer >= at[0]), **{field: "unskipped"})
+    return SkipMode(stages=stages, entropy=terms[0], correlation=terms[1]), rule
+
+
+@st.composite
+def any_decisions(draw):
+    """Whatever the validator might allow."""
+    inject = draw(st.sampled_from([0, 0, 1, 2]))
+    exit_ = draw(st.sampled_from([None, None, None, 3]))
+    layers = list(range(inject, exit_ or LAYERS))
+    selects, live = [], N
+    for layer in sorted(draw(st.sets(st.sampled_from(layers), max_size=2))):
+        live = draw(st.integers(max(1, live // 2), live))
+        selects.append(Select(layer=layer, keep=live, by=draw(st.sampled_from(RULES))))
+    rules = draw(st.lists(layer_rules, max_size=2))
+    skip = None
+    free = [layer for layer in layers if not selects or layer > selects[-1].layer]
+    if free and draw(st.integers(0, 2)) == 0:
+        skip, rule = draw(skip_modes(free))
+        rules = [rule, *rules[:1]]
+    return Decisions(
+        inject=inject,
+        exit=exit_,
+        select=tuple(selects),
+        skip=skip,
+        layers=tuple(rules),
+        positions=draw(st.sampled_from(["persistent", "persistent", "compact"])),
+        mask=draw(st.sampled_from(["additive", "post_softmax"])),
+    )
+
+
+def either(*values):
+    return st.sampled_from([None, None, *values])
+
+
+layer_rules = st.builds(
     LayerRule,
     layers=st.lists(st.integers(0, LAYERS - 1), min_size=1, max_size=2, unique=True).map(tuple),
-    query=rows,
-    text_keys=rows,
-    visual_keys=rows,
-    ffn=rows,
-    cache=rows,
-    execute=st.sampled_from([None, None, None, "none"]),
-)
-selects = st.builds(
-    Select, layer=st.integers(0, LAYERS - 1), keep=st.integers(1, N), by=st.sampled_from([OWN, PREVIOUS])
-)
-decisions = st.builds(
-    Decisions,
-    inject=st.sampled_from([0, 0, 1, 2]),
-    exit=st.sampled_from([None, 2, 3]),
-    select=st.lists(selects, max_size=2).map(tuple),
-    layers=st.lists(rules, max_size=2).map(tuple),
-    positions=st.sampled_from(["persistent", "persistent", "compact"]),
-    mask=st.sampled_from(["additive", "post_softmax"]),
+    query=either("none"),
+    text_keys=either("none", "sink"),
+    visual_keys=either("none"),
+    ffn=either("none"),
+    cache=either("none"),
+    execute=either(None, None, None, "none", "decode"),
+    sublayers=either(None, None, "attention", "ffn"),
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
-@given(decisions)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(any_decisions())
 def test_masking_equals_gathering_for_whatever_is_allowed(case, decisions):
     try:
         resolve(decisions, SPEC)
