@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from msgspec import structs
+
+from trimvlm.encoder_rules import EncoderStage
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions
+from trimvlm.profile import Decisions, SkipMode, SkipStage
 from trimvlm.value import Value
 
 Curve = tuple[float | None, ...]
@@ -20,11 +23,14 @@ class Outcome(Value, frozen=True, kw_only=True):
         decisions: the static decisions.
         curves: what was measured, one value per layer.
         needs_adapted_weights: the method was published with fine-tuned weights only.
+        counted_of: visual rows that the counts of `decisions.skip` are out of; where another method's encoder
+            stage leaves fewer, the counts shrink in proportion.
     """
 
     decisions: Decisions
     curves: dict[str, Curve] = {}
     needs_adapted_weights: bool = False
+    counted_of: int | None = None
 
 
 def round_figure(value: float) -> float:
@@ -47,20 +53,34 @@ def merge(outcomes: Mapping[str, Outcome]) -> Outcome:
             known = curves.setdefault(curve, values)
             if known != values:
                 curves[f"{curve} ({name})"] = values
+    encoder = _one("encoder", decisions, None)
+    counted_of = next((each.counted_of for each in outcomes.values() if each.counted_of), None)
     return Outcome(
         decisions=Decisions(
-            encoder=_one("encoder", decisions, None),
+            encoder=encoder,
             inject=_one("inject", decisions, 0),
             exit=_one("exit", decisions, None),
             select=tuple(select for each in decisions.values() for select in each.select),
-            skip=_one("skip", decisions, None),
+            skip=_scaled(_one("skip", decisions, None), encoder, counted_of),
             layers=tuple(rule for each in decisions.values() for rule in each.layers),
             positions=_one("positions", decisions, "persistent"),
             mask=_one("mask", decisions, "additive"),
         ),
         curves=curves,
         needs_adapted_weights=any(outcome.needs_adapted_weights for outcome in outcomes.values()),
+        counted_of=counted_of,
     )
+
+
+def _scaled(skip: SkipMode | None, encoder: EncoderStage | None, counted_of: int | None) -> SkipMode | None:
+    """Skip counts for the rows that an encoder stage leaves, at least one."""
+    if skip is None or encoder is None or counted_of is None:
+        return skip
+    share = encoder.keep / counted_of
+    stages = tuple(
+        SkipStage(layer=stage.layer, count=max(1, round(stage.count * share))) for stage in skip.stages
+    )
+    return structs.replace(skip, stages=stages)
 
 
 def _one(field: str, decisions: Mapping[str, Decisions], default: T) -> T:

@@ -17,6 +17,8 @@ from trimvlm_export.checkpoint import model_spec
 
 # A random model has no layer where vision can leave for free.
 PARAMETERS = {"vtw": {"eta": 1.0}, "hidivdrop": {"eta": 0.25}}
+ALL_TOKENS = {"dense", "v-skip", "shortv", "asl-skip", "shortgpt", "magnitude", "random-layers"}
+UNMEASURED = {"dense", "random-layers", "random-select"}
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,9 @@ def test_every_method_gives_a_profile_that_fits(tmp_path, checkpoint, samples, m
     assert profile.name == profile.method.name == method
     assert profile.model == spec
     schedule = Schedule.resolve(profile, spec)
-    assert (schedule.mean_visual_tokens == 16) == (method in {"dense", "v-skip", "shortv"})
+    assert (schedule.mean_visual_tokens == 16) == (method in ALL_TOKENS)
     assert profile.needs_adapted_weights == (method == "hidivdrop")
-    if method == "dense":
+    if method in UNMEASURED:
         assert profile.calibration is None
     else:
         made = profile.calibration

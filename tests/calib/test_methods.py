@@ -54,7 +54,7 @@ def run(name, probe, **parameters):
 
 def test_every_method_is_found_and_says_what_it_is():
     methods = discover()
-    assert set(methods) == {"dense", "v-skip", "fastv", "vtw", "shortv", "hidivdrop"}
+    assert set(methods) >= {"dense", "v-skip", "fastv", "vtw", "shortv", "hidivdrop"}
     for name, method in methods.items():
         assert name == method.NAME
         assert method.SUMMARY and "\n" not in method.SUMMARY
@@ -73,7 +73,7 @@ def test_finding_methods_needs_no_torch():
 
 @pytest.mark.parametrize("expression", ["fastvv", "", "fastv+", "fastv+nothing"])
 def test_unknown_methods_are_refused_with_the_known_ones(expression):
-    with pytest.raises(UserError, match="not one of dense, fastv, hidivdrop, shortv, v-skip, vtw"):
+    with pytest.raises(UserError, match=r"not one of .*dense, fastv, .*vtw \(or several"):
         find(expression)
 
 
