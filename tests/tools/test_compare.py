@@ -102,10 +102,14 @@ def test_overrides_and_scoring_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.flops_ratio > without_scores
 
 
-def test_a_method_without_at_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    known(monkeypatch, bare=SimpleNamespace())
-    with pytest.raises(UserError, match="bare has no at_share"):
-        match("bare", PROBE, 0.5, 10, {})
+def test_a_method_without_at_share_runs_as_it_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = method()
+    del fixed.at_share
+    fixed.Parameters = Parameters
+    known(monkeypatch, fixed=fixed, fast=method())
+    assert matching.is_adjustable("fixed+fast") and not matching.is_adjustable("fixed")
+    found = matching.as_published("fixed", PROBE, 10, {"fixed": {"keep": 0.25}})
+    assert found.outcome.decisions.select[0].keep == 25 and found.parameters["fixed"]["layer"] == 2
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))

@@ -40,6 +40,18 @@ def flops_ratio(decisions: Decisions, probe: Probe, text: int) -> float:
     return (mac2(schedule, text) + selection_flops(schedule, text)) / mac2(dense, text)
 
 
+def is_adjustable(expression: str) -> bool:
+    """Whether some method of `a+b` has `at_share`: others run as their calibration decides."""
+    return any(hasattr(method, "at_share") for method in find(expression).values())
+
+
+def as_published(
+    expression: str, probe: Probe, text: int, overrides: Mapping[str, Mapping[str, Any]]
+) -> Matched:
+    """The methods with their default parameters."""
+    return _at(expression, probe, None, text, overrides)
+
+
 def match(
     expression: str,
     probe: Probe,
@@ -48,6 +60,9 @@ def match(
     overrides: Mapping[str, Mapping[str, Any]],
 ) -> Matched:
     """Bisects the methods' `at_share` until the FLOPs are nearest to `target`.
+
+    `at_share(share)` of a method module gives parameters with which the method leaves about that share, 0 to
+    1, of what it can save; the FLOPs rise with it.
 
     Args:
         expression: a method, or several as in `fastv+v-skip`.
@@ -82,14 +97,13 @@ def match(
 
 
 def _at(
-    expression: str, probe: Probe, share: float, text: int, overrides: Mapping[str, Mapping[str, Any]]
+    expression: str, probe: Probe, share: float | None, text: int, overrides: Mapping[str, Mapping[str, Any]]
 ) -> Matched:
     outcomes, used = {}, {}
     for name, method in find(expression).items():
         at_share = getattr(method, "at_share", None)
-        if at_share is None:
-            raise UserError(f"{name} has no at_share: nothing says how to bring it to a share of the FLOPs")
-        settings = msgspec.structs.replace(at_share(share), **overrides.get(name, {}))
+        settings = method.Parameters() if share is None or at_share is None else at_share(share)
+        settings = msgspec.structs.replace(settings, **overrides.get(name, {}))
         outcomes[name] = method.calibrate(probe, settings)
         used[name] = msgspec.to_builtins(settings)
     outcome = merge(outcomes)

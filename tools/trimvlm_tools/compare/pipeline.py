@@ -16,7 +16,7 @@ from trimvlm.value import Value
 from trimvlm_calib.probe import Probe
 from trimvlm_calib.samples import Sample
 from trimvlm_export.export import export
-from trimvlm_tools.compare.matching import Matched, match
+from trimvlm_tools.compare.matching import Matched, as_published, is_adjustable, match
 from trimvlm_tools.compare.statistics import difference, interval
 from trimvlm_tools.demo.measure import Measured, measure
 
@@ -27,7 +27,8 @@ class Point(Value, frozen=True, kw_only=True):
     """One method at one target.
 
     Attributes:
-        target: share of the dense model's FLOPs that was asked for; None: dense itself.
+        target: share of the dense model's FLOPs that was asked for; None: dense, and methods whose
+            calibration decides the cost.
         flops_ratio: what was reached, scoring included.
         kv_bytes: keys and values after the prefill, float32.
         accuracy, interval: exact match and its 95 % bootstrap interval.
@@ -96,12 +97,16 @@ def compare(
     points: list[Point] = []
     unreachable: dict[str, str] = {}
     plan: list[tuple[str, float | None]] = [(DENSE, None)]
-    plan += [(method, target) for method in methods for target in targets]
+    for method in methods:
+        plan += [(method, target) for target in (targets if is_adjustable(method) else [None])]
     dense: tuple[bool, ...] = ()
     for method, target in plan:
         label = method if target is None else f"{method}-{round(100 * target)}"
         try:
-            matched = match(method, probe, 1.0 if target is None else target, text, overrides)
+            if target is None:
+                matched = as_published(method, probe, text, overrides)
+            else:
+                matched = match(method, probe, target, text, overrides)
         except UserError as error:
             unreachable[label] = str(error)
             step(f"{label}: out of reach")
