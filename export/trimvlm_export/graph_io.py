@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from trimvlm.rules import RouterScores
 from trimvlm.schedule import Row, Schedule
 
 Dims = list[str | int]
@@ -19,6 +20,17 @@ IMAGES, TEXT = (
 def attending(schedule: Schedule) -> list[Row]:
     """Layers with keys and values."""
     return [row for row in schedule.rows if row.attends]
+
+
+def masked(schedule: Schedule) -> list[Row]:
+    """For each of `Schedule.masks` one layer whose cached rows it hides; all of them cache equally many."""
+    layers = {row.masked_by: row for row in schedule.rows if row.cached}
+    return [layers[stage] for stage in schedule.masks]
+
+
+def ranks_by_router(schedule: Schedule) -> bool:
+    """Whether the graph takes a router's scores."""
+    return any(row.select and isinstance(row.select.by, RouterScores) for row in schedule.rows)
 
 
 def past_dim(schedule: Schedule, row: Row) -> str:
@@ -35,11 +47,15 @@ def decoder_inputs(schedule: Schedule) -> dict[str, Dims]:
         "text_positions": ["text"],
         "visual_positions": ["visual"],
     }
+    if ranks_by_router(schedule):
+        inputs["router_scores"] = ["visual"]
     inputs |= {f"forced.{stage}": [f"forced_{stage}"] for stage in range(len(schedule.stages))}
+    inputs |= {f"forced_skip.{k}": [f"forced_skip_{k}"] for k in range(len(schedule.skip_stages))}
     for kind in ("key", "value"):
         for row in attending(schedule):
             dims: Dims = [1, model.kv_heads, past_dim(schedule, row), model.head_dim]
             inputs[f"past_{kind}.{row.layer}"] = dims
+    inputs |= {f"past_visible.{row.masked_by}": [past_dim(schedule, row)] for row in masked(schedule)}
     return inputs
 
 
@@ -51,8 +67,12 @@ def decoder_outputs(schedule: Schedule) -> dict[str, Dims]:
         for row in attending(schedule):
             total = past_dim(schedule, row).replace("past", "total")
             outputs[f"present_{kind}.{row.layer}"] = [1, model.kv_heads, total, model.head_dim]
+    for row in masked(schedule):
+        outputs[f"present_visible.{row.masked_by}"] = [past_dim(schedule, row).replace("past", "total")]
     outputs |= {f"selected.{stage}": [f"selected_{stage}"] for stage in range(len(schedule.stages))}
     outputs |= {f"scores.{stage}": [f"entered_{stage}"] for stage in range(len(schedule.stages))}
+    outputs |= {f"skipped.{k}": [f"skipped_{k}"] for k in range(len(schedule.skip_stages))}
+    outputs |= {f"skip_scores.{k}": [f"reached_{k}"] for k in range(len(schedule.skip_stages))}
     return outputs
 
 
@@ -61,23 +81,27 @@ def decoder_example(schedule: Schedule, *, dtype: torch.dtype) -> dict[str, Any]
     model, rows = schedule.model, attending(schedule)
     visual, start = IMAGES * schedule.visual_tokens, 3
 
-    def past() -> list[torch.Tensor]:
-        return [
-            torch.zeros(1, model.kv_heads, 5 + IMAGES * row.cached, model.head_dim, dtype=dtype)
-            for row in rows
-        ]
+    def past_rows(row: Row) -> int:
+        return 5 + IMAGES * row.cached
 
+    def past() -> list[torch.Tensor]:
+        return [torch.zeros(1, model.kv_heads, past_rows(row), model.head_dim, dtype=dtype) for row in rows]
+
+    router = {"router_scores": torch.arange(float(visual))} if ranks_by_router(schedule) else {}
     return {
         "input_ids": torch.zeros(TEXT, dtype=torch.long),
         "visual": torch.zeros(visual, model.hidden, dtype=dtype),
         "text_positions": torch.cat((torch.arange(start), torch.arange(start + visual, TEXT + visual))),
         "visual_positions": torch.arange(start, start + visual),
-        "forced": [torch.arange(IMAGES * row.live) for row in schedule.stages],
+        **router,
+        "forced": [torch.arange(IMAGES * row.after) for row in schedule.stages],
+        "forced_skip": [torch.arange(IMAGES * row.skipped) for row in schedule.skip_stages],
         "past_key": past(),
         "past_value": past(),
+        "past_visible": [torch.ones(past_rows(row), dtype=torch.bool) for row in masked(schedule)],
     }
 
 
 def is_dynamic(name: str, dimension: int) -> bool:
     """Which dimensions of the example vary."""
-    return dimension == (2 if name.startswith("past") else 0)
+    return dimension == (2 if name in {"past_key", "past_value"} else 0)

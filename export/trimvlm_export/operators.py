@@ -3,7 +3,7 @@
 Traced at opset 23 they become `RMSNormalization`, `RotaryEmbedding` and `Attention`: the fused lowering (ONNX
 Runtime, TensorRT >= 10.15 and 11, TensorRT-RTX). `passes/primitive.py` makes the primitive lowering of it.
 
-Shapes: R query rows, S key rows, H heads, G key/value heads, C head size, D width.
+Shapes: R query rows, S key rows, H heads, G key/value heads, C head size, D width, V ranked rows.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ def attention_weights(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Te
     if visible is not None:
         logits = logits.masked_fill(~visible, torch.finfo(torch.float32).min)
     return torch.softmax(logits, dim=-1)
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """int64 [count]: numbers of the highest of `scores` [V]; ties go to the lower number."""
+    if torch.compiler.is_exporting():
+        return torch.topk(scores, count).indices  # ONNX's TopK breaks ties so; torch.topk leaves them open
+    return torch.sort(scores, descending=True, stable=True).indices[:count]
 
 
 def repeat_heads(kv: Tensor, heads: int) -> Tensor:

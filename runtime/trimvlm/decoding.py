@@ -18,16 +18,29 @@ from trimvlm.text import Prompt
 
 
 def prefill_inputs(
-    prompt: Prompt, visual_ND: NDArray[np.floating], forced: Sequence[NDArray[np.int64]] = ()
+    prompt: Prompt,
+    visual_ND: NDArray[np.floating],
+    forced: Sequence[NDArray[np.int64]] = (),
+    *,
+    forced_skip: Sequence[NDArray[np.int64]] = (),
+    router_scores: NDArray[np.float32] | None = None,
 ) -> dict[str, Any]:
-    """Inputs of the first run: all rows of the prompt, no past; `forced`: indices of each selection."""
+    """Inputs of the first run: all rows of the prompt, no past.
+
+    Args:
+        forced, forced_skip: indices of each selection and skip stage, instead of the graph's own.
+        router_scores: [N], for a graph that has this input.
+    """
     assert len(visual_ND) == len(prompt.visual_positions), "one visual row per visual position"
+    router = {} if router_scores is None else {"router_scores": router_scores}
     return {
         "input_ids": prompt.input_ids,
         "visual": visual_ND,
         "text_positions": prompt.text_positions,
         "visual_positions": prompt.visual_positions,
+        **router,
         **{f"forced.{stage}": indices for stage, indices in enumerate(forced)},
+        **{f"forced_skip.{stage}": indices for stage, indices in enumerate(forced_skip)},
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trimvlm.rules import RouterScores
 from trimvlm.schedule import Schedule
 
 # Shapes: T text rows, N visual rows, D width, G key/value heads, C head size.
@@ -36,12 +37,18 @@ def prefill_feeds(
         "text_positions": np.delete(positions, image),
         "visual_positions": positions[image],
     }
+    if any(row.select and isinstance(row.select.by, RouterScores) for row in schedule.rows):
+        feeds["router_scores"] = np.random.default_rng([seed, 2]).random(len(visual_ND), np.float32)
     for stage in range(len(schedule.stages)):
         feeds[f"forced.{stage}"] = np.zeros(0, np.int64)
+    for stage in range(len(schedule.skip_stages)):
+        feeds[f"forced_skip.{stage}"] = np.zeros(0, np.int64)
     empty = np.zeros((1, model.kv_heads, 0, model.head_dim), np.float32)
     for row in schedule.rows:
         if row.attends:
             feeds[f"past_key.{row.layer}"] = feeds[f"past_value.{row.layer}"] = empty
+    for stage in schedule.masks:
+        feeds[f"past_visible.{stage}"] = np.zeros(0, np.bool_)
     return feeds
 
 

@@ -1,0 +1,76 @@
+"""Skip mode in the exported decoder: SPIDER's ASL-Skip in stages (`trimvlm.profile.SkipMode`).
+
+Shapes: V live visual rows, R rows in the stream, D width, K rows in skip mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trimvlm.profile import SkipMode
+from trimvlm.schedule import Row
+from trimvlm_export.decoder_scores import choose
+from trimvlm_export.decoder_stream import GatheredRows, Stream
+
+SURE = 1e6  # more than any accumulator: a row in skip mode stays in it
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """After a stage: accumulator float32 [V], rows int64 [K] in skip mode, ascending, and flags int64 [V]."""
+
+    accumulator: Tensor
+    rows: Tensor
+    flags: Tensor
+
+
+def enter(
+    row: Row, stream: Stream, gained: Tensor, before: Skipping | None, forced: Tensor
+) -> tuple[Stream, Skipping]:
+    """A stage at the input of `row`'s layer.
+
+    Args:
+        gained: what accumulators grow by, float32 [V].
+        before: the stage before.
+        forced: int64 [0 or K], input row numbers that replace the ranking.
+    """
+    accumulator = ranked = gained
+    if before is not None:
+        accumulator = before.accumulator + gained
+        ranked = accumulator + before.flags.float() * SURE
+    # A share of the live rows, so that it is none at decode.
+    count = stream.visual * row.skipped // row.live
+    rows = choose(ranked, count, forced, stream.index)
+    place = torch.arange(stream.visual)
+    flags = (rows.unsqueeze(1) == place.unsqueeze(0)).sum(dim=0)
+    others = (place + flags * stream.visual).int()
+    active = torch.topk(others, stream.visual - count, largest=False).values.long()
+    text = torch.arange(stream.visual, stream.hidden.shape[0])
+    unskipped = GatheredRows(torch.cat((active, text)), f"unskipped at {row.layer}")
+    return replace(stream, unskipped=unskipped), Skipping(accumulator, rows, flags)
+
+
+def gain(mode: SkipMode, stream: Stream, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """float32 [V]: ReLU(1 - R) of the visual rows; `head` is the LM head."""
+    visual, text = stream.hidden[: stream.visual], stream.hidden[stream.visual :].float()
+    terms = []
+    if mode.entropy:
+        logs = torch.log_softmax(head(visual).float(), dim=1)
+        terms.append(scaled(-(logs.exp() * logs).sum(dim=1)))
+    if mode.correlation:
+        rows, mean = visual.float(), text.mean(dim=0)
+        lengths = torch.linalg.vector_norm(rows, dim=1) * torch.linalg.vector_norm(mean)
+        terms.append(scaled((rows * mean).sum(dim=1) / lengths.clamp(min=1e-12)))
+    return torch.relu(1.0 - sum(terms[1:], terms[0]))
+
+
+def scaled(x: Tensor) -> Tensor:
+    """To 0..1 by the least and greatest of x [V]; zeros where they are equal."""
+    limit = torch.full((1,), torch.finfo(torch.float32).max)
+    # The limits stand for the extremes of no rows, at decode.
+    low, high = torch.cat((x, limit)).amin(), torch.cat((x, -limit)).amax()
+    return (x - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
