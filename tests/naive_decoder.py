@@ -21,7 +21,7 @@ class NaiveDecoder:
     `cache` per layer (keys, values, places of the rows, those that are visible), or None.
     """
 
-    def __init__(self, model, decisions):
+    def __init__(self, model: Any, decisions: Any) -> None:
         self.w = {k.removeprefix("model."): v.float() for k, v in model.state_dict().items()}
         self.d, text = decisions, model.config.text_config
         self.eps, self.layers = text.rms_norm_eps, text.num_hidden_layers
@@ -72,7 +72,7 @@ class NaiveDecoder:
         self.length, self.generated = len(ids), 0
         self.is_text = [int(i) != IMAGE for i in ids]
         self.number = {s: n for n, s in enumerate(s for s in range(len(ids)) if not self.is_text[s])}
-        self.images, self.router = images, router
+        self.images, self.router = images, np.asarray(router)
         self.per_image = len(self.number) // images
         embed = self.w["language_model.embed_tokens.weight"]
         raw = {s: features[n] for s, n in self.number.items()}
@@ -212,10 +212,12 @@ class NaiveDecoder:
         self.previous = rows, weights, v
         if inside is not None:
             most = {s: weights[s].max(0).values for s in rows}
-            sums = [sum(most[s] for s in rows if self.is_text[s] == text) for text in (True, False)]
-            self.keep(
-                inside, {s: float(sums[0][j] * sums[1][j]) for j, s in enumerate(rows) if s in self.visual()}
+            from_text, from_visual = (
+                torch.stack([most[s] for s in rows if self.is_text[s] == text]).sum(0)
+                for text in (True, False)
             )
+            score = dict(zip(rows, (from_text * from_visual).tolist(), strict=True))
+            self.keep(inside, {s: score[s] for s in self.visual()})
         for s in self.rows:
             if self.runs(layer, "query", s):
                 out = torch.einsum("hj,jhc->hc", weights[s], v).flatten()

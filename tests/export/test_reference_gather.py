@@ -98,6 +98,11 @@ VISIPRUNER = Decisions(
     ),
     mask="post_softmax",
 )
+LATE_SINK = Decisions(  # seed 0 drops the first visual row
+    select=(Select(layer=1, keep=5, by=RandomOrder(seed=0)),),
+    layers=(LayerRule(layers=(2,), text_keys="sink"),),
+    mask="post_softmax",
+)
 ASL_SKIP = Decisions(
     skip=SkipMode(
         stages=(SkipStage(layer=1, count=4), SkipStage(layer=2, count=9), SkipStage(layer=3, count=9))
@@ -128,6 +133,7 @@ ASL_SKIP = Decisions(
             layers=(LayerRule(layers=(3,), execute="none"),),
         ),
         Decisions(select=(Select(layer=1, keep=5, by=RandomOrder(seed=4)),)),
+        LATE_SINK,
         Decisions(
             layers=(LayerRule(layers=(1,), sublayers="ffn"), LayerRule(layers=(2,), sublayers="attention"))
         ),
@@ -135,7 +141,7 @@ ASL_SKIP = Decisions(
     ],
     ids=[
         "fastv", "pyramiddrop", "vtw", "vtw-compact", "hidivdrop", "late", "cache", "shallow", "visipruner",
-        "sparsevlm", "fitprune", "spider", "par", "random", "llm-drop", "shortgpt",
+        "sparsevlm", "fitprune", "spider", "par", "random", "late-sink", "llm-drop", "shortgpt",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("images", [1, 2])
@@ -161,9 +167,11 @@ def skip_modes(draw, layers):
     counts = sorted(draw(st.lists(st.integers(1, N // 2), min_size=len(at), max_size=len(at))))
     terms = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
     stages = tuple(SkipStage(layer=layer, count=count) for layer, count in zip(at, counts, strict=True))
-    field = draw(st.sampled_from(["query", "ffn"]))
-    rule = LayerRule(layers=tuple(layer for layer in layers if layer >= at[0]), **{field: "unskipped"})
-    return SkipMode(stages=stages, entropy=terms[0], correlation=terms[1]), rule
+    after = tuple(layer for layer in layers if layer >= at[0])
+    bypassed = st.sampled_from(
+        [LayerRule(layers=after, query="unskipped"), LayerRule(layers=after, ffn="unskipped")]
+    )
+    return SkipMode(stages=stages, entropy=terms[0], correlation=terms[1]), draw(bypassed)
 
 
 @st.composite
