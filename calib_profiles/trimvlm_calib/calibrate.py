@@ -12,9 +12,11 @@ from trimvlm.errors import UserError
 from trimvlm.profile import Calibration, Profile, check_name
 from trimvlm.profile import Method as MethodRecord
 from trimvlm.schedule import resolve
+from trimvlm_calib.distributed import ALONE, Team
 from trimvlm_calib.methods import Method, find
 from trimvlm_calib.outcome import merge
-from trimvlm_calib.samples import Sample, draw, model_inputs
+from trimvlm_calib.partial import Partial
+from trimvlm_calib.samples import PreparedSamples, Sample, digest, draw, of_task
 
 if TYPE_CHECKING:
     from trimvlm.profile import ModelSpec
@@ -30,8 +32,11 @@ def calibrate(
     data_name: str,
     count: int | None = None,
     seed: int = 0,
+    task: str | None = None,
     name: str | None = None,
     progress: Progress | None = None,
+    output: Path | None = None,
+    team: Team = ALONE,
 ) -> Profile:
     """Calibrates a method on a model.
 
@@ -44,12 +49,17 @@ def calibrate(
         data_name: recorded in the Profile.
         count: how many samples to draw; None: as many as the paper took, or all where there are fewer.
         seed: decides which, and in what order.
+        task: draw from the samples of this task only.
         name: the Profile's; None: the method's.
         progress: called as `progress(what, done, total)`.
+        output: where the Profile will be written: measurements are kept beside it until
+            `trimvlm_calib.partial.discard(output)`, and those of a run that was killed are taken up. None:
+            nothing is kept.
+        team: processes that share the samples; all of them return the same Profile.
 
     Raises:
-        UserError: an unknown method or parameter, no model there, too few samples, an unreadable image,
-            curves that decide nothing, or decisions that cannot be united.
+        UserError: an unknown method or parameter, no model there, too few samples, an unreadable image, a
+            partial file of another run, curves that decide nothing, or decisions that cannot be united.
     """
     from trimvlm_export.checkpoint import model_spec
 
@@ -57,11 +67,15 @@ def calibrate(
     methods = find(method)
     settings = read_parameters(methods, parameters or {})
     spec = model_spec(checkpoint)
+    if task is not None:
+        samples, data_name = of_task(samples, task), f"{data_name}, task {task}"
     wanted = max(each.SAMPLES for each in methods.values())
     drawn = draw(samples, min(wanted, len(samples)) if count is None else count, seed) if wanted else []
-    probe = _probe(checkpoint, spec, drawn, progress)
+    partial = Partial(output if drawn else None, _bound(spec, method, drawn, seed), team.rank)
+    probe = _probe(checkpoint, spec, drawn, progress=progress, partial=partial, team=team)
     outcomes = {}
     for key, each in methods.items():
+        probe.scope = f"{key} {settings[key]}"
         try:
             outcomes[key] = each.calibrate(probe, settings[key])
         except UserError as error:
@@ -118,8 +132,30 @@ def read_parameters(methods: Mapping[str, Method], given: Mapping[str, Any]) -> 
     return settings
 
 
+def _bound(spec: ModelSpec, method: str, drawn: Sequence[Sample], seed: int) -> dict[str, Any]:
+    """What a measurement depends on besides what it is keyed by: its decisions, or a method's parameters."""
+    import torch
+    import transformers
+
+    return {
+        "model": spec.fingerprint,
+        "method": method,
+        "samples": len(drawn),
+        "seed": seed,
+        "data": digest(drawn),
+        "software": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
+
+
 def _probe(
-    checkpoint: Path | str, spec: ModelSpec, samples: Sequence[Sample], progress: Progress | None
+    checkpoint: Path | str,
+    spec: ModelSpec,
+    samples: Sequence[Sample],
+    *,
+    progress: Progress | None,
+    partial: Partial,
+    team: Team,
 ) -> Probe:
     """The model in float32, on the GPU where there is one; it is not loaded where nothing is measured."""
     import torch
@@ -130,8 +166,9 @@ def _probe(
     if not samples:
         return Probe(None, spec, [], progress)
     processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
-    inputs = [model_inputs(sample, processor) for sample in samples]
+    inputs = PreparedSamples(samples, processor)
     model: Any = LlavaForConditionalGeneration.from_pretrained(
         checkpoint, dtype=torch.float32, local_files_only=True
     )
-    return Probe(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), spec, inputs, progress)
+    device = f"cuda:{team.device % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    return Probe(model.to(device).eval(), spec, inputs, progress, partial=partial, team=team)

@@ -63,7 +63,10 @@ def test_parameters_are_recorded_with_their_defaults(checkpoint, samples):
     assert single.name == "mine"
     assert single.method.parameters == {"layer": 3, "keep": 0.5}
     both = calibrate(checkpoint, "fastv+v-skip", samples, {"v-skip.share": 0.25}, data_name="noise", count=1)
-    assert both.method.parameters == {"fastv": {"layer": 2, "keep": 0.5}, "v-skip": {"share": 0.25}}
+    assert both.method.parameters == {
+        "fastv": {"layer": 2, "keep": 0.5},
+        "v-skip": {"share": 0.25, "skip": "attention", "identify": "vig", "seed": 0},
+    }
     assert set(both.calibration.curves) == {"kl_select", "vig"}
     assert len(both.decisions.layers[0].layers) == 2
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from msgspec import structs
 
 from trimvlm.errors import UserError
 from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select
@@ -40,9 +43,16 @@ class FakeProbe:
             self.divergences[layer] if layer in candidates else None for layer in range(self.spec.layers)
         )
 
-    def visual_attention(self, decisions):
-        self.asked["attention"] = decisions
-        return iter(self.attention)
+    def measure(self, what, decisions, view, *, detail=False):
+        self.asked[what] = decisions
+        return np.array([view(SimpleNamespace(last_row=list(sample)), {}) for sample in self.attention])
+
+    def visual_rows(self, inputs):
+        return np.arange(self.spec.visual_tokens)
+
+    def sublayer_similarity(self, sublayer):
+        self.asked["similarity"] = sublayer
+        return tuple(self.divergences)
 
 
 def run(name, probe, **parameters):
@@ -93,6 +103,37 @@ def test_v_skip_takes_the_lowest_vig():
     assert direction == "full||pruned"
     assert asked[5] == Decisions(layers=(LayerRule(layers=(5,), query="none"),))
     assert outcome.curves["vig"] == tuple(vig)
+
+
+def test_ffn_skip_is_the_ablation():
+    probe = FakeProbe([float(layer) for layer in range(32)])
+    (rule,) = run("v-skip", probe, skip="ffn", share=2 / 32).decisions.layers
+    assert (rule.layers, rule.query, rule.ffn) == ((0, 1), None, "none")
+    assert probe.asked["VIG"][0][7] == Decisions(layers=(LayerRule(layers=(7,), ffn="none"),))
+
+
+def test_v_skip_by_other_measures():
+    values = [float(layer % 8) for layer in range(32)]
+    probe = FakeProbe(values)
+    outcome = run("v-skip", probe, identify="cosine", skip="ffn", share=4 / 32)
+    assert outcome.decisions.layers[0].layers == (7, 15, 23, 31)  # the most similar change least
+    assert probe.asked["similarity"] == "ffn"
+    assert outcome.curves == {"cosine": tuple(values)}
+    outcome = run("v-skip", probe, identify="logits", share=4 / 32)
+    assert outcome.decisions.layers[0].layers == (0, 8, 16, 24)  # the least distant
+    assert probe.asked["logits"][1] == "cosine"
+
+
+def test_v_skip_of_random_layers_measures_nothing():
+    drawn = {
+        seed: run("v-skip", FakeProbe(), identify="random", seed=seed).decisions.layers[0].layers
+        for seed in (0, 1, 2)
+    }
+    assert all(len(set(layers)) == 19 for layers in drawn.values())
+    assert len(set(drawn.values())) == 3
+    again = run("v-skip", FakeProbe(), identify="random", seed=1)
+    assert again.decisions.layers[0].layers == drawn[1]
+    assert again.curves == {}
 
 
 def test_published_layer_counts():
@@ -153,10 +194,45 @@ def test_hidivdrop_gives_the_published_schedule_from_the_published_curves():
     assert (outcome.decisions.inject, outcome.decisions.exit) == (8, 24)
     assert [(s.layer, s.keep) for s in outcome.decisions.select] == [(10, 215), (15, 10), (17, 5), (19, 1)]
     assert {s.by.attention for s in outcome.decisions.select} == {"own"}
-    assert probe.asked["attention"] == Decisions(inject=8, exit=24)
+    assert probe.asked["ILVAS"] == Decisions(inject=8, exit=24)
     ilvas = outcome.curves["ilvas"]
     assert [layer for layer, value in enumerate(ilvas) if value is not None] == list(range(8, 20))
     assert ilvas[10] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keep", "filters"),
+    [("tok64", [10, 14, 16, 18]), ("tok48", [10, 14, 16, 18]), ("tok80", [10, 13, 16, 19])],
+)
+def test_hidivdrop_published_schedules(keep, filters):
+    outcome = run("hidivdrop", FakeProbe(), keep=keep, layers="published")
+    assert (outcome.decisions.inject, outcome.decisions.exit) == (8, 24)
+    assert [select.layer for select in outcome.decisions.select] == filters
+    assert resolve(outcome.decisions, SPEC).mean_visual_tokens == pytest.approx(int(keep[3:]), abs=0.05)
+    assert outcome.curves == {}
+
+
+def test_hidivdrop_published_schedule_of_a_small_model():
+    """12 layers and 196 tokens: every mark at its share of the depth, the next free layer where two meet."""
+    spec = structs.replace(SPEC, layers=12, visual_tokens=196)
+    decisions = run("hidivdrop", FakeProbe(spec=spec), layers="published").decisions
+    assert (decisions.inject, decisions.exit) == (3, 9)
+    assert [(s.layer, s.keep) for s in decisions.select] == [(4, 73), (5, 3), (6, 2), (7, 1)]
+
+
+def test_hidivdrop_finds_budgets_for_a_mean():
+    probe = hidivdrop_probe([10, 15, 17, 19])
+    decisions = run("hidivdrop", probe, mean=100 / 576).decisions
+    assert [select.layer for select in decisions.select] == [10, 15, 17, 19]
+    assert resolve(decisions, SPEC).mean_visual_tokens == pytest.approx(100, abs=0.5)
+    with pytest.raises(UserError, match=r"mean: 576 tokens cannot be reached .* 288 can"):
+        run("hidivdrop", hidivdrop_probe([10, 15, 17, 19]), mean=1)
+
+
+def test_hidivdrop_exits_where_the_plateau_begins():
+    assert hidivdrop.plateau((None, 0.001, 0.5, 0.003, 0.001, 0.002), 0.003) == 3  # not 1, as vtw would
+    with pytest.raises(UserError, match=r"no plateau within 0\.003 nats: at layer 2 the divergence is 0\.1"):
+        hidivdrop.plateau((None, 0.001, 0.1), 0.003)
 
 
 def test_ilvas_is_the_papers_formula():
@@ -211,7 +287,11 @@ def test_hidivdrop_without_room_for_a_filter():
         ("fastv", {"layer": "two"}, r"fastv: .*layer"),
         ("vtw", {"eta": 0}, "vtw: eta: 0"),
         ("hidivdrop", {"keep": [0.1, 0.5]}, "falling list"),
+        ("hidivdrop", {"keep": "tok32"}, "keep"),
+        ("hidivdrop", {"keep": [0.5, 0.1], "layers": "published"}, "layers: published layers go with"),
+        ("hidivdrop", {"mean": 1.5}, r"mean: 1\.5 is not within"),
         ("hidivdrop", {"extrema": "both"}, "extrema"),
+        ("v-skip", {"seed": -1}, "seed: -1 is negative"),
         ("fastv+v-skip", {"keep": 0.5}, r"say whose, as in fastv\.keep"),
         ("fastv+v-skip", {"vtw.eta": 0.5}, "'vtw' is not one of fastv, v-skip"),
     ],

@@ -10,9 +10,11 @@ import torch
 from tiny_models import tiny_inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
-from trimvlm.profile import Decisions, LayerRule
+from trimvlm.encoder_rules import EncoderStage
+from trimvlm.profile import Decisions, LayerRule, Select
+from trimvlm.rules import LastRowAttention, RandomOrder
 from trimvlm.schedule import resolve
-from trimvlm_calib.probe import Probe
+from trimvlm_calib.probe import Probe, first_change
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.reference import Reference
 
@@ -61,7 +63,66 @@ def test_sweep_fills_a_curve(case):
     assert curve[1] == pytest.approx(probe.divergence(candidates[1], "full||pruned", ""), rel=1e-5)
     assert curve[3] == 0  # visual rows of the last layer are read by nobody
     assert curve[1] > 1e-3
-    assert calls[:6] == [(what, done, 3) for what in ("dense", "VIG, layer 1") for done in (1, 2, 3)]
+    assert calls[:6] == [("VIG", done, 6) for done in range(1, 7)]
+
+
+BYPASS = {layer: Decisions(layers=(LayerRule(layers=(layer,), query="none"),)) for layer in range(4)}
+PREVIOUS = LastRowAttention(attention="previous")
+DROP = {layer: Decisions(select=(Select(layer=layer, keep=5, by=PREVIOUS),)) for layer in range(1, 4)}
+INJECT = {layer: Decisions(inject=layer) for layer in range(1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("candidates", "layers_run"),
+    [
+        (BYPASS, 4 + 4 + 3 + 2 + 1),  # (L + 1) / 2 + 1 prefills
+        (DROP, 4 + 4 + 3 + 2),  # the layer before is run too, its attention ranks
+        (INJECT, 4 + 3 * 4),  # nothing can be reused
+    ],
+    ids=["bypass", "drop", "inject"],
+)
+def test_a_sweep_reuses_the_dense_prefix(case, candidates, layers_run):
+    model, spec, inputs = case
+    run = []
+    hooks = [
+        layer.register_forward_hook(lambda module, args, out: run.append(module))
+        for layer in model.model.language_model.layers
+    ]
+    try:
+        got = Probe(model, spec, inputs).divergences("", candidates, "full||pruned")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(run) == layers_run * len(inputs)
+    full = log_probs(model, spec, inputs, Decisions())
+    for layer, decisions in candidates.items():
+        pairs = zip(full, log_probs(model, spec, inputs, decisions), strict=True)
+        wanted = np.mean([float((p.exp() * (p - q)).sum()) for p, q in pairs])
+        assert got[layer] == pytest.approx(wanted, rel=1e-6, abs=1e-15)
+
+
+def test_first_change(case):
+    _, spec, _ = case
+    assert first_change(Decisions(), spec) == 3
+    assert first_change(Decisions(exit=2), spec) == 2
+    assert first_change(DROP[2], spec) == 1
+    own = (Select(layer=2, keep=5, by=LastRowAttention(attention="own")),)
+    assert first_change(Decisions(select=own), spec) == 2
+    whole = EncoderStage(keep=spec.visual_tokens, by=RandomOrder())
+    assert first_change(Decisions(encoder=whole, exit=2), spec) == 0
+
+
+def test_cosine_of_the_logits(case):
+    model, spec, inputs = case
+    wanted = []
+    for each in inputs:
+        rows = []
+        for decisions in (Decisions(), Decisions(exit=1)):
+            with Reference(model, resolve(decisions, spec)) as reference:
+                rows.append(torch.from_numpy(reference.prefill(each).logits).double())
+        wanted.append(float(torch.cosine_similarity(*rows, dim=0)))
+    got = Probe(model, spec, inputs).divergence(Decisions(exit=1), "cosine", "")
+    assert got == pytest.approx(1 - np.mean(wanted), rel=1e-6)
 
 
 @torch.no_grad()
@@ -76,6 +137,33 @@ def test_visual_similarity_is_that_of_the_plain_model(case):
     got = Probe(model, spec, inputs).visual_similarity()
     assert len(got) == spec.layers
     np.testing.assert_allclose(got[:-1], np.mean(wanted, axis=0), rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sublayer", ["attention", "ffn"])
+def test_sublayer_similarity_is_that_of_the_plain_model(case, sublayer):
+    """The residual stream between the sub-layers, by adding what the attention module returns."""
+    model, spec, inputs = case
+    layers = model.model.language_model.layers
+    entering, added, leaving = [], [], []
+    hooks = [layer.self_attn.register_forward_hook(lambda m, a, o: added.append(o[0][0])) for layer in layers]
+    hooks += [layer.register_forward_hook(lambda m, a, o: entering.append(a[0][0])) for layer in layers]
+    hooks += [layer.register_forward_hook(lambda m, a, o: leaving.append(o[0])) for layer in layers]
+    wanted = []
+    for each in inputs:
+        for states in (entering, added, leaving):
+            states.clear()
+        model(**each)
+        visual = each["input_ids"][0] == model.config.image_token_id
+        between = [a + b for a, b in zip(entering, added, strict=True)]
+        edge = entering if sublayer == "attention" else leaving
+        pairs = zip(edge, between, strict=True)
+        wanted.append([float(torch.cosine_similarity(a[visual], b[visual]).mean()) for a, b in pairs])
+    for hook in hooks:
+        hook.remove()
+    got = Probe(model, spec, inputs).sublayer_similarity(sublayer)
+    assert len(got) == spec.layers
+    np.testing.assert_allclose(got, np.mean(wanted, axis=0), rtol=1e-5)
 
 
 @torch.no_grad()

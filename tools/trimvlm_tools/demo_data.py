@@ -19,7 +19,8 @@ def write_samples(directory: Path, split: Literal["calib", "test"], count: int, 
     for number, sample in enumerate(samples(split, count, first)):
         name = f"{number:04d}.png"
         sample.image.save(directory / name)
-        line = {"image": name, "kind": sample.kind, "question": sample.question, "answer": sample.answer}
+        line = {"image": name, "kind": sample.kind, "task": sample.kind}
+        line |= {"question": sample.question, "answer": sample.answer}
         lines.append(json.dumps(line) + "\n")
     (directory / "questions.jsonl").write_text("".join(lines))
     return directory

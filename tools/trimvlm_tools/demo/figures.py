@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from trimvlm_calib import curves
 from trimvlm_tools.demo.pipeline import DemoResult, MethodResult
 
 FADE = 0.85  # how far a dropped patch fades to white
@@ -68,16 +69,4 @@ def accuracy_figure(result: DemoResult) -> Figure:
 
 def curve_figure(result: MethodResult) -> Figure | None:
     """The calibration curves of one method, or None if it measured none."""
-    curves = result.profile.calibration.curves if result.profile.calibration else {}
-    if not curves:
-        return None
-    figure = Figure(figsize=(3.3 * len(curves), 2.3), layout="constrained")
-    axes: Any = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axis, (name, values) in zip(axes, curves.items(), strict=True):
-        layers = [layer for layer, value in enumerate(values) if value is not None]
-        axis.plot(layers, [values[layer] for layer in layers], ".-")
-        axis.set_title(name, fontsize=8)
-        axis.set_xlabel("layer", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    return figure
+    return curves.curve_figure(result.profile)

@@ -1,16 +1,23 @@
 """Make a pruning profile: measure a model on samples with one published method, or several that compose
-(`--method fastv+v-skip`). `trimvlm methods` lists them. Samples are a folder with questions.jsonl, one
-{"image": "a.png", "question": "what is it ?"} a line, or `demo`: drawn here for the demo model.
+(`--method fastv+v-skip`). `trimvlm methods` lists them. Samples are a folder with questions.jsonl or a JSONL
+file, one {"image": "a.png", "question": "what is it ?"} a line, or `demo`: drawn here for the demo model.
+
+A run that was killed goes on where it stopped: start it again. Several processes share the samples:
+  torchrun --nproc-per-node 2 -m trimvlm_tools calibrate MODEL ...
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimvlm.errors import UserError
-from trimvlm_tools.console import emit, stages
+from trimvlm_tools.console import emit, say, stages
+
+if TYPE_CHECKING:
+    from trimvlm.profile import Profile
 
 DEMO = "demo"
 DEMO_SAMPLES = 100  # as many are there to draw from
@@ -20,12 +27,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `trimvlm calibrate`."""
     parser.add_argument("model", type=Path, help="directory of a Hugging Face checkpoint")
     parser.add_argument("--method", required=True, metavar="NAME")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of samples, or demo")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="profile to write (YAML)")
+    parser.add_argument("--data", required=True, metavar="PATH", help="folder or JSONL of samples, or demo")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FILE", help="profile to write (YAML)"
+    )
     parser.add_argument(
         "--samples", type=int, metavar="N", help="how many to draw; default: as many as the paper took"
     )
     parser.add_argument("--seed", type=int, default=0, help="which samples are drawn (0)")
+    parser.add_argument("--task", metavar="NAME", help="draw only samples whose `task` is this")
+    parser.add_argument(
+        "--curves", type=Path, metavar="FILE", help="draw them here (.svg, .png); default: beside the profile"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -37,20 +50,58 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Calibrates and writes the profile."""
-    import yaml
-
+    """Calibrates, writes the profile and draws its curves."""
     from trimvlm.profile import check_name
     from trimvlm_calib.calibrate import calibrate
+    from trimvlm_calib.curves import check_drawing
+    from trimvlm_calib.distributed import join
     from trimvlm_calib.files import save_profile
+    from trimvlm_calib.partial import discard
     from trimvlm_calib.samples import load_samples
     from trimvlm_tools.demo_data import demo_samples
 
     check_name(args.out.stem)  # before the work, not after it
     if not args.out.parent.is_dir():
         raise UserError(f"--out: there is no directory {args.out.parent}")
+    if args.curves:
+        check_drawing(args.curves)
+    parameters = _parameters(args.set)
+    pool = max(args.samples or 0, DEMO_SAMPLES) * (10 if args.task else 1)  # the demo has ten kinds
+    with join() as team, demo_samples(args.data, "calib", pool) as data, stages() as tell:
+        profile = calibrate(
+            args.model,
+            args.method,
+            load_samples(data),
+            parameters,
+            data_name=args.data if args.data == DEMO else data.resolve().name,
+            count=args.samples,
+            seed=args.seed,
+            task=args.task,
+            name=args.out.stem,
+            progress=tell if team.rank == 0 else None,
+            output=args.out,
+            team=team,
+        )
+    if team.rank:
+        return 0
+    save_profile(profile, args.out)
+    discard(args.out)
+    drawn = _draw(profile, args)
+    if args.json:
+        emit(profile)
+    else:
+        print(f"{args.out}: profile {profile.name}; trimvlm inspect {args.out} shows what it does")
+        if drawn:
+            print(f"{drawn}: its curves")
+    return 0
+
+
+def _parameters(settings: Sequence[str]) -> dict[str, Any]:
+    """`--set` as names and values."""
+    import yaml
+
     parameters: dict[str, Any] = {}
-    for setting in args.set:
+    for setting in settings:
         key, equals, value = setting.partition("=")
         if not (key and equals and value):
             raise UserError(f"--set: {setting!r} is not KEY=VALUE")
@@ -58,21 +109,16 @@ def run(args: argparse.Namespace) -> int:
             parameters[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise UserError(f"--set: the value of {setting!r} cannot be read") from None
-    with demo_samples(args.data, "calib", max(args.samples or 0, DEMO_SAMPLES)) as folder, stages() as tell:
-        profile = calibrate(
-            args.model,
-            args.method,
-            load_samples(folder),
-            parameters,
-            data_name=args.data if args.data == DEMO else folder.resolve().name,
-            count=args.samples,
-            seed=args.seed,
-            name=args.out.stem,
-            progress=tell,
-        )
-    save_profile(profile, args.out)
-    if args.json:
-        emit(profile)
-    else:
-        print(f"{args.out}: profile {profile.name}; trimvlm inspect {args.out} shows what it does")
-    return 0
+    return parameters
+
+
+def _draw(profile: Profile, args: argparse.Namespace) -> Path | None:
+    """Where the curves were drawn to. Beside the profile they are extra, and matplotlib may be missing."""
+    from trimvlm_calib.curves import draw_curves
+
+    path = args.curves or args.out.with_suffix(".svg")
+    try:
+        return path if draw_curves(profile, path) else None
+    except ModuleNotFoundError as error:
+        say(f"{path} is not drawn: {error.name} is not installed; pip install 'trimvlm[tools]'")
+        return None
