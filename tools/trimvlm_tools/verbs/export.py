@@ -15,7 +15,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `trimvlm export`."""
     parser.add_argument("model", type=Path, help="directory of a Hugging Face checkpoint")
     parser.add_argument(
-        "--profile", type=Path, action="append", default=[], metavar="FILE", help="profile (YAML); repeatable"
+        "--profile",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="profile (YAML), or the name of a shipped one (trimvlm import --list); repeatable",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="directory to write")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
@@ -26,12 +30,12 @@ def run(args: argparse.Namespace) -> int:
     """Exports one profile after the other; all of them are checked before the first is written."""
     from trimvlm.profile import Method, Profile
     from trimvlm.schedule import Schedule
-    from trimvlm_calib import files
+    from trimvlm_calib import shipped
     from trimvlm_export.checkpoint import model_spec
 
     spec = model_spec(args.model)
     dense = Profile(name="dense", method=Method(name="dense"), model=spec)
-    profiles = [files.load_profile(path) for path in args.profile] or [dense]
+    profiles = [shipped.load_file_or_shipped(each) for each in args.profile] or [dense]
     for number, profile in enumerate(profiles):
         Schedule.resolve(profile, spec)
         if profile.name in {other.name for other in profiles[:number]}:
