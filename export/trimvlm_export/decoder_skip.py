@@ -72,5 +72,5 @@ def scaled(x: Tensor) -> Tensor:
     """To 0..1 by the least and greatest of x [V]; zeros where they are equal."""
     limit = torch.full((1,), torch.finfo(torch.float32).max)
     # The limits stand for the extremes of no rows, at decode.
-    low, high = torch.cat((x, limit)).amin(), torch.cat((x, -limit)).amax()
+    low, high = torch.cat((x, limit)).amin(dim=0), torch.cat((x, -limit)).amax(dim=0)
     return (x - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
