@@ -1,6 +1,7 @@
 """The `trimvlm` command. Verbs are modules of `trimvlm_tools.verbs`, imported only when asked for.
 
-A verb is one file with `configure(parser)` and `run(args) -> int` and one line in `VERBS`. Exit codes:
+A verb is one file with `configure(parser)` and `run(args) -> int` and one line in `VERBS`; one that is a word
+of Python's (`import`) has a file with an underscore after it. Exit codes:
 0 done, 1 a gate failed (`check`), 2 the user can mend it (one line on stderr says how), 130 interrupted.
 """
 
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +29,9 @@ VERBS = {
     "check": "measure a bundle against the reference; exits with 1 when a gate fails",
     "bench": "measure times and memory of a bundle",
     "inspect": "show the schedule, cost and files of a bundle or profile",
+    "compare": "compare methods at matched FLOPs on held-out questions",
     "methods": "list the calibration methods and their parameters",
+    "import": "another tool's configuration as a profile; list the profiles that come with trimvlm",
     "targets": "list the devices that can be built for",
 }
 
@@ -94,7 +98,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """Imports the verb's module, parses its arguments and runs it."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories; nothing is fetched
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is the console's
-    module = importlib.import_module(f"trimvlm_tools.verbs.{verb}")
+    module = importlib.import_module(f"trimvlm_tools.verbs.{verb}{'_' * keyword.iskeyword(verb)}")
     parser = OneLineParser(prog=f"trimvlm {verb}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.configure(parser)
