@@ -16,11 +16,11 @@ from trimvlm.target import Target
 from trimvlm.value import Value
 from trimvlm_engines import record, targets
 from trimvlm_engines.library import Library, open_library
-from trimvlm_engines.shapes import ShapeRange, decoder_ranges, images_range, plain
+from trimvlm_engines.shapes import ShapeRange, decoder_ranges, features_range, images_range, plain
 
 log = logging.getLogger(__name__)
 
-Role = Literal["vision", "decoder"]
+Role = Literal["vision", "projector", "decoder"]
 State = Literal["building", "built", "up to date"]
 Tell = Callable[[Role, State], None]
 
@@ -122,7 +122,7 @@ def check(bundle: Bundle, target: Target) -> None:
 
 
 def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role, Part]:
-    """What has to be built for one profile; its vision plan is shared by profiles with the same graph."""
+    """What has to be built for one profile. Profiles with the same vision or projector graph share a plan."""
     manifest = bundle.manifest
     profile = bundle.profile(name)
     schedule = Schedule.resolve(profile, manifest.model)
@@ -134,24 +134,34 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
         )
     weights = {file: manifest.files[file].sha256 for file in manifest.weights}
     height, width = manifest.image_size
-    return {
+    found: dict[Role, Part] = {
         "vision": Part(
             graph=entry.vision,
             plan=f"{Path(entry.vision).stem}.{target.name}.engine",
             ranges={"pixel_values": images_range(height, width, target.limits)},
             sources={"graph": manifest.files[entry.vision].sha256, "weights": weights},
         ),
-        "decoder": Part(
-            graph=decoder,
-            plan=f"{name}.{target.name}.decoder.engine",
-            ranges=decoder_ranges(schedule, target.limits),
-            sources={
-                "graph": manifest.files[decoder].sha256,
-                "weights": weights,
-                "profile": profile.digest,
-            },
-        ),
     }
+    if entry.projector:
+        assert manifest.tower
+        rows = manifest.model.visual_tokens  # not the profile's fewer: the plan is shared
+        found["projector"] = Part(
+            graph=entry.projector,
+            plan=f"{Path(entry.projector).stem}.{target.name}.engine",
+            ranges={"features": features_range(rows, manifest.tower.width, target.limits)},
+            sources={"graph": manifest.files[entry.projector].sha256, "weights": weights},
+        )
+    found["decoder"] = Part(
+        graph=decoder,
+        plan=f"{name}.{target.name}.decoder.engine",
+        ranges=decoder_ranges(schedule, target.limits),
+        sources={
+            "graph": manifest.files[decoder].sha256,
+            "weights": weights,
+            "profile": profile.digest,
+        },
+    )
+    return found
 
 
 def wanted_options(part: Part, library: Library) -> dict[str, Any]:

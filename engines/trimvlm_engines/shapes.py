@@ -9,6 +9,7 @@ m images, N visual rows of one image, T text rows, P past rows, G key/value head
 from __future__ import annotations
 
 from trimvlm.errors import UserError
+from trimvlm.rules import RouterScores
 from trimvlm.schedule import Schedule
 from trimvlm.schedule_checks import TENSORRT_TOPK_LIMIT
 from trimvlm.target import Limits
@@ -41,7 +42,7 @@ def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
     """One joint range per decoder input, prefill and decode together; typical is a prefill with one image.
 
     Raises:
-        UserError: a selection over `limits.images` images exceeds TensorRT's TopK.
+        UserError: a selection or skip stage over `limits.images` images exceeds TensorRT's TopK.
     """
     model, images = schedule.model, limits.images
     text = _rows((1,), (min(TYPICAL_TEXT, limits.text),), (limits.text,))
@@ -61,10 +62,23 @@ def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
                 f"takes at most {TENSORRT_TOPK_LIMIT}; lower limits.images of the target"
             )
         ranges[f"forced.{stage}"] = _rows((0,), (0,), (keep,))
+        if isinstance(row.select.by, RouterScores):
+            ranges["router_scores"] = visual
+    for stage, row in enumerate(schedule.skip_stages):
+        # The graph finds the rows in skip mode by a TopK, and those that are not by another.
+        if images * max(row.skipped, row.live - row.skipped) > TENSORRT_TOPK_LIMIT:
+            raise UserError(
+                f"layer {row.layer}: skip.stages: of {images} images {images * row.skipped} tokens skip and "
+                f"{images * (row.live - row.skipped)} do not, but TensorRT's TopK takes at most "
+                f"{TENSORRT_TOPK_LIMIT}; lower limits.images of the target"
+            )
+        ranges[f"forced_skip.{stage}"] = _rows((0,), (0,), (images * row.skipped,))
     for row in schedule.rows:
         if not row.attends:
             continue
         past = images * row.cached + limits.text + limits.new_tokens
+        if row.cached and row.masked_by is not None:
+            ranges[f"past_visible.{row.masked_by}"] = _rows((0,), (0,), (past,))
         for half in ("key", "value"):
             ranges[f"past_{half}.{row.layer}"] = _rows(
                 *((1, model.kv_heads, rows, model.head_dim) for rows in (0, 0, past))
@@ -75,6 +89,11 @@ def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
 def images_range(height: int, width: int, limits: Limits) -> ShapeRange:
     """Range of the vision graph's `pixel_values` [m, 3, height, width]."""
     return _rows((1, 3, height, width), (1, 3, height, width), (limits.images, 3, height, width))
+
+
+def features_range(rows: int, width: int, limits: Limits) -> ShapeRange:
+    """Range of the projector graph's `features` [rows, width]; `rows` of one image are typical."""
+    return _rows((1, width), (rows, width), (limits.images * rows, width))
 
 
 def plain(ranges: dict[str, ShapeRange]) -> dict[str, list[list[int]]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trimvlm.bundle import sha256
+from trimvlm.encoder_rules import Tower
 from trimvlm.errors import UserError
 from trimvlm.profile import ModelSpec
 
@@ -183,3 +184,15 @@ def model_spec(directory: Path | str) -> ModelSpec:
 
     config = load_config(Path(directory))
     return families.of(config.model_type).model_spec(config, fingerprint(Path(directory)))
+
+
+def tower(directory: Path | str) -> Tower:
+    """The vision tower of a checkpoint.
+
+    Raises:
+        UserError: no model there, or a tower or family that trimvlm does not know.
+    """
+    from trimvlm_export import families
+
+    config = load_config(Path(directory))
+    return families.of(config.model_type).tower(config)

@@ -22,11 +22,11 @@ from trimvlm.bundle import (
     write_manifest,
     write_whole,
 )
-from trimvlm.encoder_rules import VisionTaps
+from trimvlm.encoder_rules import check_tower
 from trimvlm.errors import UserError
 from trimvlm.profile import ModelSpec, Profile
 from trimvlm.schedule import Schedule
-from trimvlm_export.checkpoint import model_spec
+from trimvlm_export.checkpoint import model_spec, tower
 from trimvlm_export.decoder_graph import export_decoder
 from trimvlm_export.processing import image_processing, text_processing
 from trimvlm_export.source import CHECKPOINT, Source
@@ -46,33 +46,38 @@ def export(checkpoint: Path | str, profile: Profile, out: Path | str, *, dtype: 
         The bundle's directory.
 
     Raises:
-        UserError: the profile does not fit the model, the checkpoint is incomplete or of an unknown kind,
-            or `out` holds something else.
+        UserError: the profile does not fit the model or its vision tower, the checkpoint is incomplete or of
+            an unknown kind, or `out` holds something else.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     spec = model_spec(checkpoint)
-    schedule = Schedule.resolve(profile, spec)
+    schedule, stage = Schedule.resolve(profile, spec), profile.decisions.encoder
+    geometry = tower(checkpoint)
+    if stage:
+        check_tower(stage, geometry, spec.visual_tokens)
     image, image_size = image_processing(checkpoint)
     text = text_processing(checkpoint)
     before = _existing(out, spec, dtype)
     with _destination(out, new=before is None) as directory:
         source = Source.place(checkpoint, directory, dtype)
-        vision = export_vision(source, VisionTaps())
+        vision, projector = export_vision(source, stage)
         decoders = export_decoder(source, profile.name, schedule)
         profile_file = f"{profile.name}.profile.json"
         encoded = msgspec.json.format(msgspec.json.encode(profile), indent=2)
         write_whole(directory / profile_file, encoded + b"\n")
-        written = [*source.files, vision, profile_file, *decoders.values()]
-        entry = Entry(profile=profile_file, vision=vision, decoders=decoders)
+        graphs = [name for name in (vision, projector, *decoders.values()) if name]
+        written = [*source.files, profile_file, *graphs]
+        entry = Entry(profile=profile_file, vision=vision, projector=projector, decoders=decoders)
         manifest = Manifest(
             producer=f"trimvlm {trimvlm.__version__}, torch {torch.__version__}",
             model=spec,
+            tower=geometry,
             dtype=dtype,
             image=image,
             image_size=image_size,
             text=msgspec.structs.replace(text, tokenizer=f"{CHECKPOINT}/{text.tokenizer}"),
             weights=source.weight_files,
-            ignored_tensors=source.ignored(),
+            ignored_tensors=_ignored(source, before),
             profiles={**(before.profiles if before else {}), profile.name: entry},
             files={**(before.files if before else {}), **_recorded(directory, written, before)},
         )
@@ -109,6 +114,12 @@ def _existing(out: Path, spec: ModelSpec, dtype: Dtype) -> Manifest | None:
             f"{out}: holds another checkpoint or precision ({manifest.dtype}); give a new directory"
         )
     return manifest
+
+
+def _ignored(source: Source, before: Manifest | None) -> dict[str, str]:
+    """Tensors that no graph of the bundle uses: neither this profile's nor another's."""
+    ignored = source.ignored()
+    return {name: ignored[name] for name in ignored if before is None or name in before.ignored_tensors}
 
 
 def _recorded(out: Path, names: list[str], before: Manifest | None) -> dict[str, File]:

@@ -3,7 +3,9 @@
     manifest.json                     this file's types; readable with nothing but JSON
     weights/*.safetensors             one copy of the weights, for every profile of the checkpoint
     tokenizer.json
-    vision.onnx                       vision tower + projector (`vision-<taps>.onnx` where a profile asks)
+    vision.onnx                       vision tower + projector
+    vision-tower-<taps>.onnx          tower alone, for profiles with an encoder stage
+    projector.onnx                    projector alone, for all of them
     <profile>.decoder.fused.onnx      decoder graphs, a file of kilobytes each: weights are external data
     <profile>.decoder.primitive.onnx
     <profile>.profile.json
@@ -36,6 +38,15 @@ Only where the Schedule asks for it:
     present_visible.{s} bool [P_g + ...]  leaves visible; text rows always are
 
 Layers without attention have no past and no present.
+
+Vision graph (I images, S tower rows, E' width of a row that the projector reads): `pixel_values`
+[I, 3, H, W] -> `visual` [I * N, D]. With an encoder stage: -> `tower` [I, S, E'] and what the stage reads:
+
+    cls_attention.{l}, received_attention.{l}, joint_attention.{l}    float32 [I, N]
+    keys.{l}                              [I, S, heads, C]
+    features.{n}                          [I, S, E]
+
+and the projector graph: `features` [rows, E'] -> `visual` [rows, D].
 """
 
 from __future__ import annotations
@@ -48,6 +59,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from trimvlm.encoder_rules import Tower
 from trimvlm.errors import UserError
 from trimvlm.profile import ModelSpec, Profile, to_profile
 from trimvlm.value import Value
@@ -117,8 +129,8 @@ class Engine(Value, frozen=True, kw_only=True):
     Attributes:
         target: the Target's name.
         backend: the library that runs it and the exact version that built it.
-        graphs: role (`vision`, `decoder`) to the file that the backend loads: a plan, or for ONNX Runtime
-            the graph itself.
+        graphs: role (`vision`, `projector`, `decoder`) to the file that the backend loads: a plan, or for
+            ONNX Runtime the graph itself.
         profile_digest: `Profile.digest` at build time.
         options: builder options and shape ranges, for people and for staleness checks.
         measured: bytes and seconds of the build.
@@ -134,21 +146,26 @@ class Engine(Value, frozen=True, kw_only=True):
 
 
 class Entry(Value, frozen=True, kw_only=True):
-    """One profile of the bundle: its files."""
+    """One profile of the bundle: its files. `projector` is there where the profile has an encoder stage."""
 
     profile: str
     vision: str
+    projector: str | None = None
     decoders: dict[Lowering, str]
     goldens: str | None = None
     engines: dict[str, Engine] = {}
 
 
 class Manifest(Value, frozen=True, kw_only=True):
-    """Everything that a device must know, without torch, transformers or YAML."""
+    """Everything that a device must know, without torch, transformers or YAML.
+
+    `tower` is None in bundles from before there were encoder stages.
+    """
 
     format: Literal[1] = FORMAT
     producer: str
     model: ModelSpec
+    tower: Tower | None = None
     dtype: Dtype
     image: ImageProcessing
     image_size: tuple[int, int]

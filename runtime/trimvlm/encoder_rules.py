@@ -12,8 +12,26 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from trimvlm.errors import UserError
-from trimvlm.rules import RandomOrder
+from trimvlm.rules import RandomOrder, rule_name
 from trimvlm.value import Value
+
+
+class Tower(Value, frozen=True, kw_only=True):
+    """A vision tower as an encoder stage sees it.
+
+    Attributes:
+        layers: how many it has.
+        patches: patches of one image, N.
+        cls: row 0 is [CLS], patch p is row p + 1; without, patch p is row p.
+        features: hidden states, beside one another, that the projector reads.
+        width: of a row that the projector reads.
+    """
+
+    layers: int
+    patches: int
+    cls: bool
+    features: tuple[int, ...]
+    width: int
 
 
 class VisionTaps(Value, frozen=True, kw_only=True):
@@ -33,6 +51,11 @@ class VisionTaps(Value, frozen=True, kw_only=True):
     joint_attention: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
     features: tuple[int, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the vision graph's outputs, in its order: `cls_attention.3`, ..., `features.5`."""
+        return [f"{field}.{n}" for field in self.__struct_fields__ for n in getattr(self, field)]
 
 
 class MsvPrune(Value, frozen=True, kw_only=True, tag_field="rule", tag="msv_prune"):
@@ -77,6 +100,10 @@ class VisPruner(Value, frozen=True, kw_only=True, tag_field="rule", tag="visprun
     received: bool = False
     features: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.important <= 1:
+            raise UserError(f"important: {self.important} is not within 0 and 1")
+
 
 class VisionZip(Value, frozen=True, kw_only=True, tag_field="rule", tag="visionzip"):
     """VisionZip: [CLS] and the most attended patches, then `contextual` merged rows.
@@ -104,13 +131,17 @@ class HiPrune(Value, frozen=True, kw_only=True, tag_field="rule", tag="hiprune")
     object_layer: int
     deep_layer: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha: {self.alpha} is not within 0 and 1")
+
 
 class PruMerge(Value, frozen=True, kw_only=True, tag_field="rule", tag="prumerge"):
     """LLaVA-PruMerge with a fixed ratio: `keep - 1` rows, each merged with its nearest tokens, and one row of
     the rest. Rows stay in the order of attention.
 
     Attributes:
-        neighbours: tokens that are merged into each kept one, itself included.
+        neighbours: other tokens that are merged into each kept one.
         layer: whose keys and joint attention are read.
     """
 
@@ -143,3 +174,44 @@ def taps(rule: EncoderRule) -> VisionTaps:
     if isinstance(rule, PruMerge):
         return VisionTaps(joint_attention=(rule.layer,), keys=(rule.layer,))
     return VisionTaps()
+
+
+def check_tower(stage: EncoderStage, tower: Tower, visual_tokens: int) -> None:
+    """Refuses a stage that this tower cannot serve.
+
+    Args:
+        visual_tokens: rows that one image gives without the stage.
+
+    Raises:
+        UserError: a layer that the tower does not have, a rule that needs [CLS] where there is none, too many
+            neighbours, or a model whose decoder also takes [CLS].
+    """
+    rule, wanted = stage.by, taps(stage.by)
+    name = rule_name(rule)
+    if visual_tokens != tower.patches:
+        raise UserError(
+            f"encoder: an encoder stage chooses among patches, but an image has {tower.patches} patches and "
+            f"{visual_tokens} visual tokens (vision_feature_select_strategy full?); only models that drop "
+            "[CLS] can have one, leave encoder out"
+        )
+    attention = {*wanted.cls_attention, *wanted.received_attention, *wanted.joint_attention, *wanted.keys}
+    for kind, numbers, count in (
+        ("attention layer", attention, tower.layers),
+        ("hidden state", wanted.features, tower.layers + 1),
+    ):
+        if bad := sorted(n for n in numbers if not 0 <= n < count):
+            raise UserError(f"encoder.by: {name}: {kind} {bad[0]} is not within the tower's 0..{count - 1}")
+    if not tower.cls and (wanted.cls_attention or wanted.joint_attention):
+        alternatives = (
+            "set received: true, or take hiprune or random"
+            if isinstance(rule, MsvPrune | VisPruner)
+            else "take msv_prune or vispruner with received: true, hiprune or random"
+        )
+        raise UserError(
+            f"encoder.by: {name} reads the attention of [CLS], which this tower does not have; {alternatives}"
+        )
+    if isinstance(rule, PruMerge) and rule.neighbours >= tower.patches:
+        raise UserError(
+            f"encoder.by.neighbours: {rule.neighbours} is not within 1..{tower.patches - 1}; one of "
+            f"{tower.patches} patches has no more others"
+        )

@@ -15,11 +15,13 @@ from trimvlm.backends import Backend, load_backend
 from trimvlm.bundle import Bundle, Engine, Entry
 from trimvlm.decoding import Decoder, Outputs, generate_ids, prefill_inputs, step_inputs
 from trimvlm.detokenization import stream_text
+from trimvlm.encoder import make_encoder
 from trimvlm.errors import UserError
 from trimvlm.images import ImageSource, make_preprocessor
 from trimvlm.sampling import make_sampler
 from trimvlm.text import Prompt, Turn, load_tokenizer, make_prompter
 from trimvlm.timings import Timings
+from trimvlm.vision import VisualRows, make_vision
 
 ORT_CPU = "ort-cpu"
 
@@ -43,8 +45,12 @@ class Session:
         self._backend = backend
         self._open = False
         self._tokenizer = load_tokenizer(bundle.path(manifest.text.tokenizer))
-        self._prompter = make_prompter(self._tokenizer, manifest.text, manifest.model.visual_tokens)
+        tokens, stage = manifest.model.visual_tokens, bundle.profile(profile).decisions.encoder
+        self._prompter = make_prompter(self._tokenizer, manifest.text, stage.keep if stage else tokens)
         self._preprocess = make_preprocessor(manifest.image)
+        self._see = make_vision(
+            backend, manifest.model.hidden, make_encoder(stage, tokens) if stage else None
+        )
 
     @classmethod
     def open(
@@ -130,13 +136,12 @@ class Session:
             return outputs
 
         def run() -> Iterator[str]:
-            start = perf_counter()
-            visual_ND = self.vision(pixels)
-            timings.vision = perf_counter() - start
+            self._check_open()
+            visual = self._see(pixels, timings)
             ids = generate_ids(
                 decoder,
                 rows,
-                visual_ND,
+                visual.rows,
                 sampler,
                 eos_ids=self.bundle.manifest.text.eos_ids,
                 max_new_tokens=max_new_tokens,
@@ -167,20 +172,14 @@ class Session:
         return self._preprocess(image)
 
     def vision(self, images: Sequence[ImageSource | NDArray[np.float32]]) -> NDArray[np.floating]:
-        """Visual rows [m * N, D] of images; arrays are pixels from `preprocess`."""
+        """Visual rows [m * N, D] of images, or [m * keep, D] with an encoder stage; arrays are pixels from
+        `preprocess`."""
+        return self.visual(images).rows
+
+    def visual(self, images: Sequence[ImageSource | NDArray[np.float32]]) -> VisualRows:
+        """The same rows, with the patches that the profile's encoder stage chose for each image."""
         self._check_open()
-        ports, outputs = self._backend.inputs("vision"), self._backend.outputs("vision")
-        (pixel_port,) = ports.values()
-        width = self.bundle.manifest.model.hidden
-        rows = []
-        for image in images:
-            pixels = self._pixels(image)
-            feeds = {name: pixels[None].astype(pixel_port.dtype, copy=False) for name in ports}
-            visual = self._backend.run("vision", feeds, ["visual"])["visual"]
-            rows.append(visual.reshape(-1, width))
-        if len(rows) == 1:
-            return rows[0]
-        return np.concatenate(rows) if rows else np.zeros((0, width), outputs["visual"].dtype)
+        return self._see([self._pixels(image) for image in images], Timings())
 
     def prefill(
         self, prompt: Prompt, visual_ND: NDArray[np.floating], forced: Sequence[NDArray[np.int64]] = ()
@@ -222,7 +221,8 @@ def _engine(bundle: Bundle, name: str, entry: Entry, target: str) -> tuple[str, 
     """Backend and files by role that run a profile on a target."""
     engine: Engine | None = entry.engines.get(target)
     if engine is None and target == ORT_CPU:
-        return "onnxruntime", {"vision": entry.vision, "decoder": entry.decoders["fused"]}
+        projector = {"projector": entry.projector} if entry.projector else {}
+        return "onnxruntime", {"vision": entry.vision, **projector, "decoder": entry.decoders["fused"]}
     if engine is None:
         built = ", ".join(sorted({ORT_CPU, *entry.engines}))
         raise UserError(

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_inputs, tiny_llava
-from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from trimvlm.bundle import Bundle
-from trimvlm.encoder_rules import VisionTaps
 from trimvlm.errors import UserError
 from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select
 from trimvlm.rules import LastRowAttention
@@ -234,34 +232,6 @@ def test_another_checkpoint_or_directory_is_refused(checkpoint: Path, tmp_path: 
     other = tiny_llava(tmp_path / "other", layers=LAYERS, kv_heads=2, seed=9)
     with pytest.raises(UserError, match="fingerprint"):
         export(other, profile_of(checkpoint, "dense"), tmp_path / "out")
-
-
-def test_vision_taps_equal_transformers(checkpoint: Path, tmp_path: Path) -> None:
-    taps = VisionTaps(cls_attention=(1,), features=(2, 3))
-    export(checkpoint, profile_of(checkpoint, "dense", vision_taps=taps), tmp_path / "b")
-    bundle = Bundle(tmp_path / "b")
-    graph = onnxruntime.InferenceSession(bundle.path(bundle.manifest.profiles["dense"].vision))
-    pixels = tiny_inputs(checkpoint, images=2)["pixel_values"]
-    found = dict(
-        zip(
-            [o.name for o in graph.get_outputs()],
-            graph.run(None, {"pixel_values": pixels.numpy()}),
-            strict=True,
-        )
-    )
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    tower: Any = model.model.vision_tower
-    assert isinstance(tower, CLIPVisionModel)
-    tower.set_attn_implementation("eager")
-    with torch.no_grad():
-        out = tower(pixels, output_attentions=True, output_hidden_states=True)
-    np.testing.assert_allclose(found["features.2"], out.hidden_states[2], atol=1e-4)
-    np.testing.assert_allclose(found["features.3"], out.hidden_states[3], atol=1e-4)
-    np.testing.assert_allclose(found["cls_attention.1"], out.attentions[1][:, :, 0, 1:].mean(1), atol=1e-5)
-    assert bundle.manifest.ignored_tensors.keys() == {
-        "vision_tower.post_layernorm.bias",
-        "vision_tower.post_layernorm.weight",
-    }
 
 
 def test_sharded_checkpoint_in_the_old_naming(checkpoint: Path, tmp_path: Path) -> None:

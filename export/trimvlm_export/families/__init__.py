@@ -4,7 +4,10 @@ A family module gives:
 
     canonical(name) -> str              checkpoint tensor name to transformers parameter name, old names too
     model_spec(config, fingerprint)     `trimvlm.profile.ModelSpec`
-    Vision(config, taps)                torch module: pixel_values [I, 3, H, W] -> visual [I * N, D], taps...
+    tower(config)                       `trimvlm.encoder_rules.Tower`
+    Vision(config, taps)                torch module: pixel_values [I, 3, H, W] -> visual [I * N, D], or
+                                        where taps are wanted -> tower [I, S, E'], taps...
+    Projector(config)                   torch module: features [rows, E'] -> visual [rows, D]
     unused(config, name) -> str | None  why a checkpoint tensor is not needed
     DECODER_PREFIX, LM_HEAD             where the decoder's parameters live
 """

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimvlm.encoder_rules import VisionTaps
+from trimvlm.encoder_rules import Tower, VisionTaps
 from trimvlm.errors import UserError
 from trimvlm.profile import ModelSpec
 
 DECODER_PREFIX = "model.language_model."
 LM_HEAD = "lm_head."
+_PROJECTOR = "model.multi_modal_projector."
 
 # Names that transformers has written over the years, in the order of its versions.
 _RENAMES = (
@@ -37,8 +38,7 @@ def canonical(name: str) -> str:
 
 def model_spec(config: Any, fingerprint: str | None) -> ModelSpec:
     """Geometry from the configuration."""
-    text, vision = config.text_config, config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
+    text, patches = config.text_config, tower(config).patches
     return ModelSpec(
         family="llava",
         fingerprint=fingerprint,
@@ -50,6 +50,28 @@ def model_spec(config: Any, fingerprint: str | None) -> ModelSpec:
         ffn=text.intermediate_size,
         vocab=text.vocab_size,
         visual_tokens=patches + (config.vision_feature_select_strategy == "full"),
+    )
+
+
+def tower(config: Any) -> Tower:
+    """The vision tower.
+
+    Raises:
+        UserError: a tower of another kind.
+    """
+    vision, wanted = config.vision_config, config.vision_feature_layer
+    if vision.model_type != "clip_vision_model":
+        raise UserError(
+            f"vision_config.model_type: {vision.model_type!r} is not supported, only 'clip_vision_model'"
+        )
+    states = vision.num_hidden_layers + 1
+    features = tuple(n % states for n in ([wanted] if isinstance(wanted, int) else wanted))
+    return Tower(
+        layers=vision.num_hidden_layers,
+        patches=(vision.image_size // vision.patch_size) ** 2,
+        cls=True,
+        features=features,
+        width=vision.hidden_size * len(features),
     )
 
 
@@ -67,63 +89,66 @@ def unused(config: Any, name: str) -> str | None:
 
 
 class Vision(nn.Module):
-    """Vision tower up to the last layer that anything needs, and the projector: transformers' own modules.
+    """Vision tower up to the last layer that anything needs: transformers' own modules.
 
     Args:
         config: transformers' LlavaConfig.
-        taps: extra outputs; `features` may ask for layers after the feature layer.
+        taps: None: with the projector, what the decoder reads. Otherwise without it: the tower's rows and
+            what the taps ask for, which may be layers after the feature layer.
     """
 
-    def __init__(self, config: Any, taps: VisionTaps) -> None:
+    def __init__(self, config: Any, taps: VisionTaps | None) -> None:
         from transformers import AutoModel
-        from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
         super().__init__()
-        vision = config.vision_config
-        if vision.model_type != "clip_vision_model":
-            raise UserError(
-                f"vision_config.model_type: {vision.model_type!r} is not supported, only 'clip_vision_model'"
-            )
-        vision._attn_implementation = "sdpa"
-        states = vision.num_hidden_layers + 1
-        wanted = config.vision_feature_layer
-        self.feature_layers = [n % states for n in ([wanted] if isinstance(wanted, int) else wanted)]
-        for name, numbers, count in (
-            ("cls_attention", taps.cls_attention, vision.num_hidden_layers),
-            ("features", taps.features, states),
-        ):
-            if bad := [n for n in numbers if not 0 <= n < count]:
-                raise UserError(f"vision_taps.{name}: {bad[0]} is not within 0..{count - 1}")
-        self.taps, self.drop_cls = taps, config.vision_feature_select_strategy == "default"
-        last = max(*self.feature_layers, *taps.features, *(n + 1 for n in taps.cls_attention), 0)
-        tower = AutoModel.from_config(vision)
-        tower.encoder.layers = tower.encoder.layers[:last]
-        self.tower, self.projector = tower, LlavaMultiModalProjector(config)
-        for module in self.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = _FlatLinear
+        config.vision_config._attn_implementation = "sdpa"
+        geometry = tower(config)
+        self.taps = taps or VisionTaps()
+        self.features, self.drop_cls = geometry.features, config.vision_feature_select_strategy == "default"
+        attention = ("cls_attention", "received_attention", "joint_attention", "keys")
+        self.read = sorted({n for name in attention for n in getattr(self.taps, name)})
+        self.depth = max(*self.features, *self.taps.features, 0)  # layers that run in full
+        vision = AutoModel.from_config(config.vision_config)
+        vision.encoder.layers = vision.encoder.layers[: max([self.depth, *(n + 1 for n in self.read)])]
+        self.tower = vision
+        self.projector = Projector(config) if taps is None else None
+        _flatten(self)
 
     def parameter_names(self) -> dict[str, str]:
-        """From this module's parameter names to transformers' names in the whole model."""
-        rename = {"tower": "model.vision_tower", "projector": "model.multi_modal_projector"}
-        names = (name for name, _ in self.named_parameters() if "post_layernorm" not in name)
-        return {name: f"{rename[name.split('.')[0]]}.{name.split('.', 1)[1]}" for name in names}
+        """From this module's parameter names to transformers' names in the whole model, of what is used."""
+        names = {n: f"model.vision_{n}" for n, _ in self.named_parameters() if self._used(n)}
+        if self.projector is not None:
+            names |= {f"projector.{name}": whole for name, whole in self.projector.parameter_names().items()}
+        return names
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """pixel_values [I, 3, H, W] -> visual [I * N, D], then the taps: [I, N] each, then [I, S, E] each."""
+        """pixel_values [I, 3, H, W] -> visual [I * N, D]; or tower [I, S, E'], then the taps in order."""
         hidden = self.tower.pre_layrnorm(self._embed(pixel_values))
-        states, attentions = [hidden], {}
+        states, found = [hidden], {}
         for number, layer in enumerate(self.tower.encoder.layers):
-            if number in self.taps.cls_attention:
-                attentions[number] = _cls_attention(layer, hidden)
-            hidden = layer(hidden, attention_mask=None)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-            states.append(hidden)
-        start = 1 if self.drop_cls else 0
-        features = torch.cat([states[n][:, start:] for n in self.feature_layers], dim=-1)
-        visual = self.projector(features).flatten(0, 1)
-        taps = [attentions[n] for n in self.taps.cls_attention] + [states[n] for n in self.taps.features]
-        return (visual, *taps)
+            if number in self.read:
+                found |= self._read(number, layer, hidden)
+            if number < self.depth:
+                hidden = layer(hidden, attention_mask=None)
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+                states.append(hidden)
+        rows = torch.cat([states[n] for n in self.features], dim=-1)
+        if self.projector is not None:
+            return (self.projector(rows[:, 1:] if self.drop_cls else rows).flatten(0, 1),)
+        found |= {f"features.{n}": states[n] for n in self.taps.features}
+        return (rows, *(found[name] for name in self.taps.names))
+
+    def _used(self, name: str) -> bool:
+        """A parameter of the tower, and one that something reads."""
+        if not name.startswith("tower.") or "post_layernorm" in name:
+            return False
+        match = re.match(r"tower\.encoder\.layers\.(\d+)\.", name)
+        number = int(match[1]) if match else -1
+        if number < self.depth:
+            return True
+        taps = self.taps  # of this layer nothing but its attention is read
+        weighted = {*taps.cls_attention, *taps.received_attention, *taps.joint_attention}
+        return "layer_norm1" in name or "k_proj" in name or ("q_proj" in name and number in weighted)
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
         """[I, S, E]. transformers looks positions up by number, which would be a second copy in the graph."""
@@ -132,15 +157,52 @@ class Vision(nn.Module):
         cls = embeddings.class_embedding.expand(patches.shape[0], 1, -1)
         return torch.cat((cls, patches), dim=1) + embeddings.position_embedding.weight
 
+    def _read(self, number: int, layer: Any, hidden_ISE: Tensor) -> dict[str, Tensor]:
+        """What the taps want of one layer's attention; weights in float32."""
+        taps, attn, x = self.taps, layer.self_attn, layer.layer_norm1(hidden_ISE)
+        keys_ISHC = attn.k_proj(x).unflatten(-1, (attn.num_heads, attn.head_dim))
+        found = {f"keys.{number}": keys_ISHC}
+        if number in taps.cls_attention:
+            query = attn.q_proj(x[:, :1]).unflatten(-1, (attn.num_heads, attn.head_dim))
+            found[f"cls_attention.{number}"] = _weights(query, keys_ISHC)[:, :, 0, 1:].mean(dim=1)
+        if number in taps.received_attention:
+            queries = attn.q_proj(x).unflatten(-1, (attn.num_heads, attn.head_dim))
+            found[f"received_attention.{number}"] = _weights(queries, keys_ISHC).mean(dim=(1, 2))[:, 1:]
+        if number in taps.joint_attention:
+            query, keys = attn.q_proj(x[:, :1]).unsqueeze(2), keys_ISHC.flatten(2).unsqueeze(2)
+            found[f"joint_attention.{number}"] = _weights(query, keys)[:, 0, 0, 1:]
+        return found
 
-def _cls_attention(layer: Any, hidden_ISE: Tensor) -> Tensor:
-    """[I, N]: softmax attention of the [CLS] row to the patches, mean over heads, in float32."""
-    attn, x = layer.self_attn, layer.layer_norm1(hidden_ISE)
-    heads = (-1, attn.num_heads, attn.head_dim)
-    query = attn.q_proj(x[:, :1]).unflatten(-1, heads[1:]).transpose(1, 2).float()
-    keys = attn.k_proj(x).unflatten(-1, heads[1:]).transpose(1, 2).float()
-    weights = torch.softmax(query @ keys.transpose(2, 3) * attn.scale, dim=-1)
-    return weights[:, :, 0, 1:].mean(dim=1)
+
+class Projector(nn.Module):
+    """transformers' projector: features [rows, E'] -> visual [rows, D]."""
+
+    def __init__(self, config: Any) -> None:
+        from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+        super().__init__()
+        self.layers = LlavaMultiModalProjector(config)
+        _flatten(self)
+
+    def parameter_names(self) -> dict[str, str]:
+        """As `Vision.parameter_names`."""
+        return {name: _PROJECTOR + name.split(".", 1)[1] for name, _ in self.named_parameters()}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[rows, E'] -> [rows, D], or with more leading dimensions."""
+        return self.layers(features)
+
+
+def _weights(query_IRHC: Tensor, keys_ISHC: Tensor) -> Tensor:
+    """Attention weights float32 [I, H, R, S], scaled by the size of a head."""
+    query, keys = query_IRHC.transpose(1, 2).float(), keys_ISHC.transpose(1, 2).float()
+    return torch.softmax(query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5, dim=-1)
+
+
+def _flatten(module: nn.Module) -> None:
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = _FlatLinear
 
 
 class _FlatLinear(nn.Linear):
