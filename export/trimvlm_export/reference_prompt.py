@@ -186,8 +186,7 @@ class PromptRun:
         candidates = np.flatnonzero(self._live[visual])
         chosen = candidates[best(scores, row.select.keep * self.rows.images)]
         if self.forced.selected is not None:
-            chosen = np.sort(np.asarray(self.forced.selected[len(record.selected)], np.int64))
-            assert set(chosen) <= set(candidates), f"layer {row.layer}: forced rows are not live"
+            chosen = _given(self.forced.selected[len(record.selected)], candidates, row)
         record.scores.append(scores)
         record.selected.append(chosen)
         self._live = self.rows.is_text.copy()
@@ -205,8 +204,7 @@ class PromptRun:
         self._skipping.advance(growth, live, row.skipped * self.rows.images)
         if self.forced.skipped is not None:
             self._skipping.rows[:] = False
-            self._skipping.rows[np.asarray(self.forced.skipped[len(record.skipped)], np.int64)] = True
-            assert set(np.flatnonzero(self._skipping.rows)) <= set(live), f"layer {row.layer}: not live"
+            self._skipping.rows[_given(self.forced.skipped[len(record.skipped)], live, row)] = True
         record.skip_scores.append(self._skipping.accumulator[live])
         record.skipped.append(np.flatnonzero(self._skipping.rows))
 
@@ -236,3 +234,9 @@ class PromptRun:
     def _note_hidden(self, hidden: torch.Tensor) -> None:
         if self.detail:
             self.prefill.hidden.append(hidden[0].float().cpu().numpy())
+
+
+def _given(rows: np.ndarray, live: np.ndarray, row: Row) -> np.ndarray:
+    """Visual rows from outside, int64, ascending."""
+    assert set(np.asarray(rows)) <= set(live), f"layer {row.layer}: forced rows are not live"
+    return np.sort(np.asarray(rows, np.int64))
