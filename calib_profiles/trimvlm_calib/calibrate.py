@@ -72,7 +72,7 @@ def calibrate(
     wanted = max(each.SAMPLES for each in methods.values())
     drawn = draw(samples, min(wanted, len(samples)) if count is None else count, seed) if wanted else []
     partial = Partial(output if drawn else None, _bound(spec, method, drawn, seed), team.rank)
-    probe = _probe(checkpoint, spec, drawn, progress=progress, partial=partial, team=team)
+    probe = open_probe(checkpoint, spec, drawn, progress=progress, partial=partial, team=team)
     outcomes = {}
     for key, each in methods.items():
         probe.scope = f"{key} {settings[key]}"
@@ -148,27 +148,30 @@ def _bound(spec: ModelSpec, method: str, drawn: Sequence[Sample], seed: int) -> 
     }
 
 
-def _probe(
+def open_probe(
     checkpoint: Path | str,
     spec: ModelSpec,
     samples: Sequence[Sample],
     *,
-    progress: Progress | None,
-    partial: Partial,
-    team: Team,
+    progress: Progress | None = None,
+    partial: Partial | None = None,
+    team: Team = ALONE,
 ) -> Probe:
     """The model in float32, on the GPU where there is one; it is not loaded where nothing is measured."""
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     from trimvlm_calib.probe import Probe
+    from trimvlm_export.checkpoint import tower
 
+    geometry = tower(checkpoint)
     if not samples:
-        return Probe(None, spec, [], progress)
+        return Probe(None, spec, [], progress, tower=geometry)
     processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
     inputs = PreparedSamples(samples, processor)
     model: Any = LlavaForConditionalGeneration.from_pretrained(
         checkpoint, dtype=torch.float32, local_files_only=True
     )
     device = f"cuda:{team.device % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    return Probe(model.to(device).eval(), spec, inputs, progress, partial=partial, team=team)
+    model = model.to(device).eval()
+    return Probe(model, spec, inputs, progress, partial=partial, team=team, tower=geometry)

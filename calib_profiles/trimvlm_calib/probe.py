@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trimvlm.encoder_rules import Tower
 from trimvlm.profile import Decisions, ModelSpec
 from trimvlm.rules import reads
 from trimvlm.schedule import Row, resolve
@@ -44,6 +45,7 @@ class Probe:
         progress: called as `progress(what, done, total)` after every measurement of a sample.
         partial: measurements of an earlier run that was killed.
         team: processes that share the samples.
+        tower: the vision tower's geometry, for methods that decide an encoder stage.
 
     Attributes:
         scope: whose measurements `measure` makes: a method and its parameters.
@@ -58,8 +60,10 @@ class Probe:
         *,
         partial: Partial | None = None,
         team: Team = ALONE,
+        tower: Tower | None = None,
     ) -> None:
         self.spec = spec
+        self.tower = tower
         self.inputs = inputs
         self.scope = ""
         self._model = model

@@ -18,7 +18,7 @@ from trimvlm_export.checkpoint import model_spec
 # A random model has no layer where vision can leave for free.
 PARAMETERS = {"vtw": {"eta": 1.0}, "hidivdrop": {"eta": 0.25}}
 ALL_TOKENS = {"dense", "v-skip", "shortv", "asl-skip", "shortgpt", "magnitude", "random-layers"}
-UNMEASURED = {"dense", "random-layers", "random-select"}
+UNMEASURED = {name for name, method in discover().items() if not method.SAMPLES}
 
 
 @pytest.fixture(scope="module")
