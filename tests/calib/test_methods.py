@@ -331,3 +331,10 @@ def test_merging_refuses_two_opinions():
 def test_curves_of_one_name_are_both_kept():
     other = Outcome(decisions=Decisions(), curves={"vig": (0.3,)})
     assert merge({"v-skip": SKIP, "b": other}).curves == {"vig": (0.1,), "vig (b)": (0.3,)}
+
+
+@pytest.mark.parametrize("name", [name for name, method in discover().items() if hasattr(method, "at_share")])
+@pytest.mark.parametrize("share", [1 / 64, 0.3, 1.0])
+def test_at_share_gives_parameters_or_says_why_not(name: str, share: float) -> None:
+    method = discover()[name]
+    assert isinstance(method.at_share(share), method.Parameters)  # type: ignore[attr-defined]

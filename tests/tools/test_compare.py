@@ -1,4 +1,4 @@
-"""Comparison at matched FLOPs: intervals, matching by bisection, the tables and the plot."""
+"""Comparison at matched FLOPs: intervals, matching, the tables and the plot."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def known(monkeypatch: pytest.MonkeyPatch, **methods: Any) -> None:
 
 
 @pytest.mark.parametrize("target", [0.9, 0.55, 0.4, 0.3])
-def test_bisection_finds_the_nearest_whole_budget(monkeypatch: pytest.MonkeyPatch, target: float) -> None:
+def test_the_search_finds_the_nearest_whole_budget(monkeypatch: pytest.MonkeyPatch, target: float) -> None:
     known(monkeypatch, fast=method())
     found = match("fast", PROBE, target, 10, {})
     every = [
@@ -87,7 +87,7 @@ def test_what_cannot_be_reached_says_how_near_it_comes(monkeypatch: pytest.Monke
     assert match("fast+skip", PROBE, 0.5, 10, {}).outcome.decisions.layers
 
 
-def test_methods_that_give_up_at_strong_settings_are_searched_above(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_a_method_refuses_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     known(monkeypatch, fast=method(needs=0.4), never=method(needs=1.0))
     assert abs(match("fast", PROBE, 0.8, 10, {}).flops_ratio - 0.8) <= TOLERANCE
     with pytest.raises(UserError, match="never: nothing to keep"):

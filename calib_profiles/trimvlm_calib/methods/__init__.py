@@ -7,6 +7,8 @@ A method is a module of this package with
     SAMPLES      how many calibration samples the paper takes; 0: nothing is measured
     Parameters   a frozen struct whose defaults are the paper's
     calibrate(probe, parameters) -> Outcome
+    at_share(share) -> Parameters, where one number can set how much the method prunes: parameters that leave
+                 about `share`, 0 to 1, of what it can save (`trimvlm compare` searches it)
 
 Modules are found by being here; no table lists them.
 """

@@ -93,6 +93,11 @@ class Parameters(Value, frozen=True, kw_only=True):
             raise UserError("entropy, correlation: both are off, nothing ranks the tokens")
 
 
+def at_share(share: float) -> Parameters:
+    """Leaves `share` of the tokens out of skip mode, from the first stage on."""
+    return Parameters(skipped=(max(1 - share, 1e-6),) * 3)
+
+
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:
     """Measures SLC, chooses targets, then layers or stages.
 

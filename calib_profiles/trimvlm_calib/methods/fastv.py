@@ -40,6 +40,11 @@ class Parameters(Value, frozen=True, kw_only=True):
             raise UserError(f"keep: {self.keep} is not within 0 (excluded) and 1")
 
 
+def at_share(share: float) -> Parameters:
+    """Keeps `share` of the tokens."""
+    return Parameters(keep=share)
+
+
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:
     """Takes K as given and measures KL(pruned || full) for every K."""
     keep = max(1, round(parameters.keep * probe.spec.visual_tokens))

@@ -53,6 +53,11 @@ class Parameters(Value, frozen=True, kw_only=True):
             raise UserError(f"reduction: {self.reduction} is not within 0 and 1 (both excluded)")
 
 
+def at_share(share: float) -> Parameters:
+    """Spends `share` of the cost."""
+    return Parameters(reduction=min(max(1 - share, 1e-3), 1 - 1e-3))
+
+
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:
     """Finds the least alpha that reaches the target.
 

@@ -81,6 +81,11 @@ class Parameters(Value, frozen=True, kw_only=True):
         return tuple(keep / known.tokens for keep in known.keep)
 
 
+def at_share(share: float) -> Parameters:
+    """Keeps `share` of the tokens in the mean over all layers."""
+    return Parameters(mean=share)
+
+
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:
     """Decides where visual tokens enter, are filtered and leave, and how many each filter keeps.
 

@@ -15,6 +15,7 @@ from trimvlm.errors import UserError
 from trimvlm.profile import Decisions, LayerRule
 from trimvlm.value import Value
 from trimvlm_calib.depth import check_share
+from trimvlm_calib.methods.v_skip import MINIMUM
 from trimvlm_calib.outcome import Curve, Outcome, round_figure
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ class Parameters(Value, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check_share("share", self.share)
+
+
+def at_share(share: float) -> Parameters:
+    """Keeps `share` of them."""
+    return Parameters(share=max(1 - share, MINIMUM))
 
 
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:

@@ -46,6 +46,11 @@ class Parameters(Value, frozen=True, kw_only=True):
             raise UserError(f"keep: {len(self.keep)} budgets for {len(self.layers)} layers; give one each")
 
 
+def at_share(share: float) -> Parameters:
+    """Keeps `share` of what is left, stage after stage: a half is the published pyramid."""
+    return Parameters(keep=(share, share**2, share**3))
+
+
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:
     """Takes the stages as given and measures KL(pruned || full) after each further stage.
 

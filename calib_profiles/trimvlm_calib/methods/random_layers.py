@@ -13,6 +13,7 @@ from trimvlm.errors import UserError
 from trimvlm.profile import Decisions, LayerRule
 from trimvlm.value import Value
 from trimvlm_calib.depth import check_share
+from trimvlm_calib.methods.v_skip import MINIMUM
 from trimvlm_calib.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Parameters(Value, frozen=True, kw_only=True):
             raise UserError(f"start: {self.start} is not within 0 and 1 (excluded)")
         if self.seed < 0:
             raise UserError(f"seed: {self.seed} is negative")
+
+
+def at_share(share: float) -> Parameters:
+    """Keeps `share` of the layers, drawn from all of them."""
+    return Parameters(share=max(1 - share, MINIMUM), start=0.0)
 
 
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:

@@ -43,6 +43,11 @@ class Parameters(Value, frozen=True, kw_only=True):
         check_share("keep", self.keep)
 
 
+def at_share(share: float) -> Parameters:
+    """Keeps `share` of the tokens."""
+    return Parameters(keep=share)
+
+
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:
     """Takes the parameters as given.
 

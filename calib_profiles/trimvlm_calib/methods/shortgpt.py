@@ -19,7 +19,7 @@ import numpy as np
 from trimvlm.profile import Decisions, LayerRule
 from trimvlm.value import Value
 from trimvlm_calib.depth import check_share
-from trimvlm_calib.methods.v_skip import lowest
+from trimvlm_calib.methods.v_skip import MINIMUM, lowest
 from trimvlm_calib.outcome import Curve, Outcome, round_figure
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ class Parameters(Value, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check_share("share", self.share)
+
+
+def at_share(share: float) -> Parameters:
+    """Keeps `share` of them."""
+    return Parameters(share=max(1 - share, MINIMUM))
 
 
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:

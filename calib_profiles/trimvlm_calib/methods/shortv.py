@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trimvlm.errors import UserError
 from trimvlm.profile import Decisions, LayerRule
 from trimvlm.value import Value
-from trimvlm_calib.methods.v_skip import lowest
+from trimvlm_calib.methods.v_skip import MINIMUM, lowest
 from trimvlm_calib.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ class Parameters(Value, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise UserError(f"share: {self.share} is not within 0 (excluded) and 1")
+
+
+def at_share(share: float) -> Parameters:
+    """Leaves `share` of the layers as they are."""
+    return Parameters(share=max(1 - share, MINIMUM))
 
 
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:

@@ -59,6 +59,12 @@ class Parameters(Value, frozen=True, kw_only=True):
         return self.keep or tuple(budget / 576 for budget in BUDGETS[self.tokens])
 
 
+def at_share(share: float) -> Parameters:
+    """Keeps `share` of the tokens at the first stage, and at the others what the set for 192 has for it."""
+    first = BUDGETS[192][0]
+    return Parameters(keep=tuple(share * budget / first for budget in BUDGETS[192]))
+
+
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:
     """Takes the stages as given and measures KL(pruned || full) after each further stage.
 

@@ -26,6 +26,8 @@ NAME = "v-skip"
 SUMMARY = "visual rows skip attention in the layers of lowest VIG (V-Skip, section 3)"
 SAMPLES = 20
 
+MINIMUM = 1e-6  # a share that rounds to no layers still means one
+
 
 class Parameters(Value, frozen=True, kw_only=True):
     """Published settings as shares of the depth: 19 of 32 layers (7B), 24 of 40 (13B).
@@ -49,6 +51,11 @@ class Parameters(Value, frozen=True, kw_only=True):
             raise UserError(f"share: {self.share} is not within 0 (excluded) and 1")
         if self.seed < 0:
             raise UserError(f"seed: {self.seed} is negative")
+
+
+def at_share(share: float) -> Parameters:
+    """Leaves `share` of the layers as they are."""
+    return Parameters(share=max(1 - share, MINIMUM))
 
 
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:

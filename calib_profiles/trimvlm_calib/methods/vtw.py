@@ -27,26 +27,39 @@ class Parameters(Value, frozen=True, kw_only=True):
     Attributes:
         start: where the search starts, as a share of the depth, rounded to whole layers.
         eta: largest divergence in nats.
+        exit: K as a share of the depth, instead of the search; at least layer 1.
     """
 
     start: float = 5 / 32
     eta: float = 0.003
+    exit: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < 1:
             raise UserError(f"start: {self.start} is not within 0 and 1 (excluded)")
         if self.eta <= 0:
             raise UserError(f"eta: {self.eta} is not positive")
+        if self.exit is not None and not 0 < self.exit <= 1:
+            raise UserError(f"exit: {self.exit} is not within 0 (excluded) and 1")
+
+
+def at_share(share: float) -> Parameters:
+    """Vision stays for `share` of the layers."""
+    return Parameters(exit=share)
 
 
 def calibrate(probe: Probe, parameters: Parameters) -> Outcome:
-    """Exits at the first layer within eta.
+    """Exits at the first layer within eta, or where `exit` says.
 
     Raises:
         UserError: no layer is.
     """
-    first = max(1, round(parameters.start * probe.spec.layers))
+    depth = probe.spec.layers
+    first = max(1, round(parameters.start * depth))
     curve = exit_curve(probe, first)
+    if parameters.exit is not None:
+        layer = max(1, round(parameters.exit * depth))
+        return Outcome(decisions=Decisions(exit=layer), curves={"kl_exit": curve})
     return Outcome(decisions=Decisions(exit=first_within(curve, parameters.eta)), curves={"kl_exit": curve})
 
 

@@ -17,7 +17,7 @@ from trimvlm_calib.outcome import Outcome, merge
 from trimvlm_calib.probe import Probe
 
 TOLERANCE = 0.03  # farther from the target than this share of the dense FLOPs is no match
-STEPS = 12  # bisections; the budgets of a layer are whole tokens and layers anyway
+GRID, REFINEMENTS = 32, 6  # shares that are tried, then halvings around the best of them
 
 
 class Matched(Value, frozen=True, kw_only=True):
@@ -59,7 +59,7 @@ def match(
     text: int,
     overrides: Mapping[str, Mapping[str, Any]],
 ) -> Matched:
-    """Bisects the methods' `at_share` until the FLOPs are nearest to `target`.
+    """Searches the methods' `at_share` for the FLOPs nearest to `target`.
 
     `at_share(share)` of a method module gives parameters with which the method leaves about that share, 0 to
     1, of what it can save; the FLOPs rise with it.
@@ -72,22 +72,29 @@ def match(
     Raises:
         UserError: no share comes within `TOLERANCE` of the target; the message gives the nearest.
     """
-    low, high = 0.0, 1.0
-    best: Matched | None = None
+    found: dict[float, Matched] = {}
     reasons: list[str] = []
-    for _ in range(STEPS):
-        share = (low + high) / 2
+
+    def look(share: float) -> None:
         try:
-            found = _at(expression, probe, share, text, overrides)
-        except UserError as error:  # too strong for this model: nothing left to keep
+            found[share] = _at(expression, probe, share, text, overrides)
+        except UserError as error:  # too much or too little for this model
             reasons.append(str(error))
-            low = share
-            continue
-        if best is None or abs(found.flops_ratio - target) < abs(best.flops_ratio - target):
-            best = found
-        low, high = (share, high) if found.flops_ratio < target else (low, share)
-    if best is None:
+
+    def nearest() -> float:
+        return min(found, key=lambda share: (abs(found[share].flops_ratio - target), -share))
+
+    for number in range(1, GRID + 1):
+        look(number / GRID)
+    if not found:
         raise UserError(f"{expression}: {reasons[-1]}")
+    step = 1 / GRID
+    for _ in range(REFINEMENTS):
+        step /= 2
+        middle = nearest()
+        look(max(middle - step, step))
+        look(min(middle + step, 1.0))
+    best = found[nearest()]
     if abs(best.flops_ratio - target) > TOLERANCE:
         raise UserError(
             f"{expression}: {target:.0%} of the dense FLOPs is out of reach, the nearest is "
@@ -104,6 +111,7 @@ def _at(
         at_share = getattr(method, "at_share", None)
         settings = method.Parameters() if share is None or at_share is None else at_share(share)
         settings = msgspec.structs.replace(settings, **overrides.get(name, {}))
+        probe.scope = f"{name} {settings}"
         outcomes[name] = method.calibrate(probe, settings)
         used[name] = msgspec.to_builtins(settings)
     outcome = merge(outcomes)

@@ -35,6 +35,7 @@ class Measured(Value, frozen=True, kw_only=True):
     first_token: float
     tokens_per_second: float | None
 
+
 def measure(bundle: Bundle, profile: str, questions: Sequence[Sample]) -> Measured:
     """Asks all questions, after a warm-up."""
     right: list[bool] = []

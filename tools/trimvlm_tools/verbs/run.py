@@ -19,6 +19,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable, in this order"
     )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="PROMPT is the whole text as the model sees it, image tokens included",
+    )
     parser.add_argument("--profile", help="which profile of the bundle; needed where it holds several")
     parser.add_argument("--target", default="ort-cpu", help="what to run on (ort-cpu)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(64)")
@@ -40,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             top_p=args.top_p,
             seed=args.seed,
+            raw=args.raw,
         )
         if args.json:
             answer = "".join(pieces)
