@@ -182,15 +182,26 @@ class Session:
         return self._see([self._pixels(image) for image in images], Timings())
 
     def prefill(
-        self, prompt: Prompt, visual_ND: NDArray[np.floating], forced: Sequence[NDArray[np.int64]] = ()
+        self,
+        prompt: Prompt,
+        visual_ND: NDArray[np.floating],
+        forced: Sequence[NDArray[np.int64]] = (),
+        *,
+        forced_skip: Sequence[NDArray[np.int64]] = (),
+        router_scores: NDArray[np.float32] | None = None,
     ) -> Outputs:
         """One decoder run over a prompt, with every output as an array (for parity).
 
         Args:
             visual_ND: visual rows, from `vision`.
             forced: for each selection the rows of `visual_ND` to keep; empty: the graph selects.
+            forced_skip: for each skip stage the rows of `visual_ND` in skip mode; empty: the graph chooses.
+            router_scores: [N], for a graph that has this input.
         """
-        return self._run(prefill_inputs(prompt, visual_ND, forced), prompt.length)
+        inputs = prefill_inputs(
+            prompt, visual_ND, forced, forced_skip=forced_skip, router_scores=router_scores
+        )
+        return self._run(inputs, prompt.length)
 
     def step(self, token: int, before: Outputs) -> Outputs:
         """One decode step with a given token after the run `before`, with every output as an array."""
