@@ -16,6 +16,7 @@ import msgspec
 
 from trimvlm.encoder_rules import EncoderStage
 from trimvlm.errors import UserError
+from trimvlm.routing import RouterSpec
 from trimvlm.rules import SelectionRule
 from trimvlm.value import Value
 
@@ -184,19 +185,36 @@ class Calibration(Value, frozen=True, kw_only=True):
 
 
 class Profile(Value, frozen=True, kw_only=True):
-    """A pruning profile. See the module's text; `docs/profile.md` shows one in full."""
+    """A pruning profile. See the module's text; `docs/profile.md` shows one in full.
+
+    Attributes:
+        router: what scores tokens for selections by `router`, and layers for a choice; its weights lie in a
+            file of their own.
+        choice: profiles of one bundle with the same choice and router are members among which the runtime
+            takes one for each input, by the layers that they execute.
+    """
 
     schema: Literal[1] = SCHEMA
     name: str
     method: Method
     model: ModelSpec
     decisions: Decisions = Decisions()
+    router: RouterSpec | None = None
+    choice: str | None = None
     calibration: Calibration | None = None
     needs_adapted_weights: bool = False
     notes: str = ""
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        if self.router is not None and self.router.first >= self.model.layers:
+            raise UserError(
+                f"router.first: layer {self.router.first} is not within 0..{self.model.layers - 1}"
+            )
+        if self.choice is not None:
+            check_name(self.choice)
+            if self.router is None or self.choice == self.name:
+                raise UserError(f"choice: {self.choice!r} needs a router, and a name that no profile has")
 
     @property
     def digest(self) -> str:

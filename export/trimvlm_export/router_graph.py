@@ -1,0 +1,97 @@
+"""The router as ONNX: one graph for every target and for all profiles that share it.
+
+Its weights are a safetensors file of their own in the bundle; the text embeddings that it looks up are the
+checkpoint's, where they lie.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from trimvlm.bundle import write_whole
+from trimvlm.profile import Profile
+from trimvlm_export.checkpoint import Tensor
+from trimvlm_export.passes.primitive import OPSET
+from trimvlm_export.router import PromptRouter, Router, parameter_shapes
+from trimvlm_export.router_weights import check_tensors
+from trimvlm_export.source import Source
+from trimvlm_export.trace import attach_weights, save, trace
+from trimvlm_export.weights import mapped
+
+EMBEDDING = "embed_tokens.weight"
+
+
+def export_router(source: Source, profile: Profile, weights: Path) -> tuple[str, str]:
+    """Writes what a Profile's router needs; what another profile has written already stays.
+
+    Args:
+        profile: has a router.
+        weights: its file, see `router_weights.find_weights`.
+
+    Returns:
+        File names of the graph and of its weights, in the bundle.
+
+    Raises:
+        UserError: the router of another model.
+    """
+    spec, model = profile.router, profile.model
+    assert spec is not None
+    graph, stored = f"{spec.stem}.onnx", f"{spec.stem}.safetensors"
+    shapes = parameter_shapes(spec, model.hidden, model.layers)
+    check_tensors(profile, weights, shapes)
+    write_whole(source.out / stored, weights.read_bytes())
+    tensors = check_tensors(profile, source.out / stored, shapes)
+    router = Router(spec, model.hidden, model.layers)
+    module = PromptRouter(router, model.vocab, model.hidden, getattr(torch, source.dtype))
+    module.requires_grad_(False)
+    found = source.load(module, {EMBEDDING: source.family.DECODER_PREFIX + EMBEDDING})
+    found |= _load(module, tensors)
+    traced = trace(
+        module,
+        _example(model.hidden, getattr(torch, source.dtype)),
+        lambda _, dimension: dimension == 0,
+        inputs={
+            "input_ids": ["text"],
+            "visual": ["visual", model.hidden],
+            "text_positions": ["text"],
+            "visual_positions": ["visual"],
+        },
+        outputs={"router_scores": ["visual"], "layer_scores": [model.layers - spec.first]},
+        opset=OPSET,
+    )
+    attach_weights(traced, found, source.out)
+    save(traced, source.out / graph)
+    return graph, stored
+
+
+def load_router(profile: Profile, weights: Path) -> Router:
+    """The network of a Profile with its weights, in torch.
+
+    Raises:
+        UserError: the router of another model.
+    """
+    spec, model = profile.router, profile.model
+    assert spec is not None
+    tensors = check_tensors(profile, weights, parameter_shapes(spec, model.hidden, model.layers))
+    router = Router(spec, model.hidden, model.layers)
+    router.load_state_dict({name: mapped(tensor) for name, tensor in tensors.items()})
+    return router.requires_grad_(False).eval()
+
+
+def _load(module: PromptRouter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    named = {f"router.{name}": tensor for name, tensor in tensors.items()}
+    views = {name: mapped(tensor) for name, tensor in named.items()}
+    module.load_state_dict(views, strict=False, assign=True)
+    return named
+
+
+def _example(hidden: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Arguments for tracing: an image between texts, sizes that are neither 0 nor 1 nor equal."""
+    return {
+        "input_ids": torch.zeros(9, dtype=torch.long),
+        "visual": torch.zeros(6, hidden, dtype=dtype),
+        "text_positions": torch.cat((torch.arange(3), torch.arange(9, 15))),
+        "visual_positions": torch.arange(3, 9),
+    }

@@ -1,0 +1,132 @@
+"""The router (Pruning All-Rounder, section 4): a small network that scores visual tokens and decoder layers
+for one prompt, before the decoder runs.
+
+Its graph (T text rows, N visual rows, D width, R layer tokens, one for each of the model's last R layers):
+
+    input_ids int64 [T], visual float [N, D], text_positions int64 [T], visual_positions int64 [N]
+    -> router_scores float32 [N], layer_scores float32 [R]
+
+Scores are log-odds of being kept: before the sigmoid, which keeps their order and would round large ones to
+equal values. Token scores go to the decoder's selections by `router`. Layer scores choose among members: a
+few profiles that differ in the layers that they execute and share one router and one set of weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from trimvlm.backends import Backend
+from trimvlm.errors import UserError
+from trimvlm.value import Value
+
+if TYPE_CHECKING:
+    from trimvlm.text import Prompt
+    from trimvlm.timings import Timings
+
+
+class RouterSpec(Value, frozen=True, kw_only=True):
+    """A trained router, as a Profile names it.
+
+    Attributes:
+        weights: safetensors file beside the Profile.
+        sha256: of that file.
+        width: of the router's rows; its FFN is four times as wide.
+        heads: attention heads; a head has an even number of channels.
+        first: the layer that the first layer token stands for, the others follow.
+        mask: `full`: every row sees every other one; `causal`: only what is before it in the prompt, and
+            visual rows do not see a question that follows (the released code).
+    """
+
+    weights: str
+    sha256: str
+    width: int
+    heads: int
+    first: int
+    mask: Literal["full", "causal"] = "full"
+
+    def __post_init__(self) -> None:
+        if not self.weights or any(sign in self.weights for sign in "/\\") or self.weights.startswith("."):
+            raise UserError(f"router.weights: {self.weights!r} is not the name of a file beside the profile")
+        if self.heads < 1 or self.width < 1 or self.width % (2 * self.heads):
+            raise UserError(
+                f"router.width: {self.width} does not make {self.heads} heads of an even number of channels"
+            )
+        if self.first < 0:
+            raise UserError(f"router.first: {self.first} is not a layer")
+
+    @property
+    def stem(self) -> str:
+        """Name of the router's files in a bundle: the same for all profiles with this router."""
+        known = (self.sha256, self.width, self.heads, self.first, self.mask)
+        return f"router-{hashlib.sha256(msgspec.json.encode(known)).hexdigest()[:12]}"
+
+
+class Choice(Value, frozen=True, kw_only=True):
+    """Profiles among which the runtime chooses for each input.
+
+    Attributes:
+        router: stem of the router that all of them have, see `RouterSpec.stem`.
+        members: profile to the layers that it executes, among those that the router scores.
+    """
+
+    router: str
+    members: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What the router says of one prompt: tokens float32 [N], layers float32 [R]."""
+
+    tokens: NDArray[np.float32]
+    layers: NDArray[np.float32]
+
+
+Route: TypeAlias = "Callable[[Prompt, NDArray[np.floating], Timings], Scores]"
+
+
+def make_route(backend: Backend) -> Route:
+    """Resolves a backend's router graph into a function.
+
+    Args:
+        backend: is open when the function is called.
+
+    Returns:
+        `route(prompt, visual_ND, timings)`: adds its seconds to `select`.
+    """
+
+    def route(prompt: Prompt, visual_ND: NDArray[np.floating], timings: Timings) -> Scores:
+        start = perf_counter()
+        feeds = {
+            "input_ids": prompt.input_ids,
+            "visual": visual_ND.astype(backend.inputs("router")["visual"].dtype, copy=False),
+            "text_positions": prompt.text_positions,
+            "visual_positions": prompt.visual_positions,
+        }
+        found = backend.run("router", feeds, ["router_scores", "layer_scores"])
+        timings.select = (timings.select or 0.0) + perf_counter() - start
+        return Scores(tokens=found["router_scores"], layers=found["layer_scores"])
+
+    return route
+
+
+def choose(layer_scores_R: NDArray[np.float32], members: Mapping[str, tuple[int, ...]], layers: int) -> str:
+    """The member that the router holds most likely: the highest sum of scores over the layers it executes.
+
+    Args:
+        layer_scores_R: scores of the last R of the model's `layers` layers.
+        members: as in `Choice`; of equal ones the first wins.
+    """
+    first = layers - len(layer_scores_R)
+
+    def likelihood(name: str) -> float:
+        return float(sum(float(layer_scores_R[layer - first]) for layer in members[name]))
+
+    return max(members, key=likelihood)
