@@ -42,7 +42,7 @@ class Partial:
         self._file: Path | None = None
         if output is None:
             return
-        head = json.dumps(bound or {}, sort_keys=True)
+        head = json.dumps(bound or {})
         for path in _files(output):
             self._read(path, json.loads(head))
         self._file = output.with_name(f"{output.name}{SUFFIX}{f'-{rank}' if rank else ''}")
@@ -81,8 +81,8 @@ class Partial:
             was = found.get(name) if isinstance(found, dict) else None
             if was != wanted:
                 raise UserError(
-                    f"{path}: measurements of an unfinished run with {name} {was}, this one has {wanted}; "
-                    "finish that run, write to another file, or delete this one"
+                    f"{path}: of an unfinished run with {name} {str(was)[:40]}, but this run has "
+                    f"{str(wanted)[:40]}; finish that run, write to another file, or delete this one"
                 )
         self._known.update(known)
 

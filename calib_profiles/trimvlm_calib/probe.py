@@ -4,9 +4,8 @@ Everything is measured at the last prompt row of single prompts under the refere
 over the calibration samples. Figures are kept per sample: a run that was killed goes on where it stopped
 (`partial.py`), and several processes share the samples (`distributed.py`).
 
-Prefix reuse: candidates that differ from the dense model from layer l on start there, from the dense model's
-residual stream. Leaving out each of L layers in turn then costs (L + 1) / 2 + 1 prefills per sample, not
-L + 1. The loop over samples is the outer one, so that one sample's residual streams are held at a time.
+The loop over samples is the outer one, so that candidates can start from the dense model's residual streams
+(`prefix.py`), and one sample's streams are held at a time.
 
 Shapes: L layers, B samples, V vocabulary, N visual rows, H heads, D width.
 """
@@ -21,12 +20,12 @@ import numpy as np
 
 from trimvlm.encoder_rules import Tower
 from trimvlm.profile import Decisions, ModelSpec
-from trimvlm.rules import reads
-from trimvlm.schedule import Row, resolve
+from trimvlm.schedule import resolve
 from trimvlm_calib.distances import Distance, distance_of, mean_cosine
 from trimvlm_calib.distributed import ALONE, Team
 from trimvlm_calib.outcome import Curve, round_figure
 from trimvlm_calib.partial import Partial, key_of
+from trimvlm_calib.prefix import first_change, pays_off
 from trimvlm_calib.samples import RECENT
 from trimvlm_export.reference import Reference
 from trimvlm_export.reference_record import Prefill
@@ -93,8 +92,9 @@ class Probe:
             view: called as `view(prefill, inputs)`; gives K figures (or a single one), K the same for all.
             detail: whether the view reads `hidden` or `kv`.
         """
-        key = key_of("view", what, self.scope, decisions)
+        return self._view(what, key_of("view", what, self.scope, decisions), decisions, view, detail)
 
+    def _view(self, what: str, key: str, decisions: Decisions, view: View, detail: bool) -> np.ndarray:
         def run(sample: int, missing: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
             for each in missing:
                 prefill = self._prefill(decisions, sample, detail=detail)
@@ -147,7 +147,7 @@ class Probe:
             states = [hidden[self.visual_rows(inputs)] for hidden in run.hidden]
             return [mean_cosine(states[layer], states[layer + 1]) for layer in range(self.spec.layers)]
 
-        return _mean_curve(self.measure("similarity", Decisions(), view, detail=True))
+        return self._dense_curve("similarity", view)
 
     def sublayer_similarity(self, sublayer: Literal["attention", "ffn"]) -> Curve:
         """Per layer, the mean cosine between visual rows before and after a sub-layer of the dense model."""
@@ -166,7 +166,7 @@ class Probe:
         layers = self._model.model.language_model.layers
         hooks = [layer.post_attention_layernorm.register_forward_pre_hook(note) for layer in layers]
         try:
-            return _mean_curve(self.measure(f"{sublayer} similarity", Decisions(), view, detail=True))
+            return self._dense_curve(f"{sublayer} similarity", view)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -179,6 +179,11 @@ class Probe:
     def visual_rows(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """Rows int64 [N] of a sample's prompt that hold visual tokens, ascending."""
         return np.flatnonzero(inputs["input_ids"][0].cpu().numpy() == self._model.config.image_token_id)
+
+    def _dense_curve(self, what: str, view: View) -> Curve:
+        """Mean over samples of L figures of the dense model, which depend on no method's parameters."""
+        figures_BL = self._view(what, key_of("dense", what), Decisions(), view, True)
+        return tuple(round_figure(float(value)) for value in figures_BL.mean(axis=0))
 
     def _collect(
         self,
@@ -212,9 +217,7 @@ class Probe:
         Returns:
             Its residual streams, or None where running the candidates whole is as cheap.
         """
-        layers = self.spec.layers
-        whole = (sample not in self._dense) + len(starts)
-        reuse = layers + sum(layers - start for start in starts) < whole * layers
+        reuse = pays_off(starts, self.spec.layers, dense_known=sample in self._dense)
         if not reuse and sample in self._dense:
             return None
         run = self._prefill(Decisions(), sample, detail=reuse)
@@ -236,21 +239,3 @@ class Probe:
 
     def _project(self, sample: int) -> Any:
         return Reference(self._model, resolve(Decisions(), self.spec)).features(self.inputs[sample])
-
-
-def first_change(decisions: Decisions, spec: ModelSpec) -> int:
-    """The first layer that must be run under `decisions`: those before it are as in the dense model.
-
-    The last layer where nothing differs. A selection that ranks by the layer before needs that layer too.
-    """
-    if decisions.encoder is not None:
-        return 0
-    for row in resolve(decisions, spec).rows:
-        if row != Row(layer=row.layer, live=spec.visual_tokens, after=spec.visual_tokens):
-            before = row.select is not None and reads(row.select.by) == "previous"
-            return row.layer - before
-    return spec.layers - 1
-
-
-def _mean_curve(figures_BL: np.ndarray) -> Curve:
-    return tuple(round_figure(float(value)) for value in figures_BL.mean(axis=0))

@@ -60,7 +60,7 @@ def test_a_line_that_was_cut_short_is_dropped_at_every_byte(tmp_path):
 def test_a_foreign_file_is_refused_and_kept(tmp_path, field):
     output = tmp_path / "p.yaml"
     Partial(output, BOUND).put("k", 0, "VIG 0", [1.5])
-    with pytest.raises(UserError, match=rf"p\.yaml\.partial: .* with {field} {BOUND[field]}, this one has z"):
+    with pytest.raises(UserError, match=rf"p\.yaml\.partial: .*{field} {BOUND[field]}, but this run has z"):
         Partial(output, {**BOUND, field: "z"})
     assert Partial(output, BOUND).get("k", 0) == (1.5,)
 

@@ -14,7 +14,8 @@ from trimvlm.encoder_rules import EncoderStage
 from trimvlm.profile import Decisions, LayerRule, Select
 from trimvlm.rules import LastRowAttention, RandomOrder
 from trimvlm.schedule import resolve
-from trimvlm_calib.probe import Probe, first_change
+from trimvlm_calib.prefix import first_change, pays_off
+from trimvlm_calib.probe import Probe
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.reference import Reference
 
@@ -110,6 +111,13 @@ def test_first_change(case):
     assert first_change(Decisions(select=own), spec) == 2
     whole = EncoderStage(keep=spec.visual_tokens, by=RandomOrder())
     assert first_change(Decisions(encoder=whole, exit=2), spec) == 0
+
+
+def test_a_single_candidate_is_run_whole_once_the_dense_model_is_known():
+    assert pays_off([3, 3], 4, dense_known=True)  # 6 layers of 8
+    assert not pays_off([3], 4, dense_known=True)  # 5 of 4
+    assert pays_off([1], 4, dense_known=False)  # 7 of 8
+    assert not pays_off([0, 0, 0], 4, dense_known=False)
 
 
 def test_cosine_of_the_logits(case):

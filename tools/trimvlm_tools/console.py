@@ -78,7 +78,7 @@ def stages() -> Iterator[Tell]:
     """Shows how far long work of several named stages is.
 
     On a terminal a bar for the stage at work (rich); elsewhere a line every ten seconds, and one at the end
-    of a stage that took as long.
+    of a stage that took as long. Both say how much time is left, judged by the pace since the first call.
     """
     bars = _rich_bars() if sys.stderr.isatty() else None
     if bars is None:
@@ -120,24 +120,42 @@ class _Lines:
     def __init__(self) -> None:
         self.what = ""
         self.started = self.said = time.monotonic()
+        self.begun = 0  # what was done when the stage was first heard of
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
         now = time.monotonic()
         if what != self.what:
-            self.what, self.started = what, now
+            self.what, self.started, self.begun = what, now, done
         if done == total and now - self.started >= INTERVAL:
             self.said = now
             say(f"{what}: done in {now - self.started:.0f} s")
         elif done != total and now - self.said >= INTERVAL:
             self.said = now
-            say(f"{what}: {done}{f' of {total}' if total else ''} {note}".rstrip())
+            left = ""
+            if total and done > self.begun:
+                left = f", {_duration((now - self.started) / (done - self.begun) * (total - done))} left"
+            say(f"{what}: {done}{f' of {total}' if total else ''}{left} {note}".rstrip())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _rich_bars() -> Any:
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
     except ModuleNotFoundError:
         return None
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
     return Progress(*columns, console=Console(stderr=True))
