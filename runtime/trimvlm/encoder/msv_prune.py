@@ -47,17 +47,22 @@ def kmeans(rows_ME: NDArray[np.float32], clusters: int, iterations: int) -> NDAr
     each row to its nearest centre and moves the centres to their means; a centre without rows stays. The
     answer is each row's nearest centre after the last step. Ties: the lower index, of rows and of clusters.
     """
-    start = int(np.argmax(_distance(rows_ME, rows_ME.mean(axis=0))))
-    centres = [rows_ME[start]]
-    nearest_M = _distance(rows_ME, centres[0])
-    while len(centres) < clusters:
-        centres.append(rows_ME[int(np.argmax(nearest_M))])
-        nearest_M = np.minimum(nearest_M, _distance(rows_ME, centres[-1]))
+    # Around their mean: products then lose little, and distances come from one matrix product.
+    rows_ME = rows_ME - rows_ME.mean(axis=0)
+    square_M = np.square(rows_ME).sum(axis=1)
+    starts = [int(np.argmax(square_M))]
+    nearest_M = np.full(len(rows_ME), np.inf, np.float32)
+    while len(starts) < clusters:
+        away_M = square_M + square_M[starts[-1]] - 2 * (rows_ME @ rows_ME[starts[-1]])
+        nearest_M = np.minimum(nearest_M, away_M)
+        starts.append(int(np.argmax(nearest_M)))
+    centres_KE = rows_ME[starts]
     for _ in range(iterations):
-        cluster_M = _assign(rows_ME, centres)
-        for cluster in set(cluster_M.tolist()):
-            centres[cluster] = rows_ME[cluster_M == cluster].mean(axis=0)
-    return _assign(rows_ME, centres)
+        is_in_KM = (np.arange(clusters)[:, None] == _nearest(rows_ME, centres_KE)).astype(np.float32)
+        sizes_K = is_in_KM.sum(axis=1)
+        means_KE = is_in_KM @ rows_ME / np.maximum(sizes_K, 1)[:, None]
+        centres_KE = np.where(sizes_K[:, None] > 0, means_KE, centres_KE)
+    return _nearest(rows_ME, centres_KE)
 
 
 def quotas(sizes_K: NDArray[np.int64], total: int) -> list[int]:
@@ -94,9 +99,6 @@ def likeness(
     return pairs_MM.sum(axis=1) / np.maximum(partners_M, 1).astype(np.float32)
 
 
-def _distance(rows_ME: NDArray[np.float32], centre_E: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.square(rows_ME - centre_E).sum(axis=1)
-
-
-def _assign(rows_ME: NDArray[np.float32], centres: list[NDArray[np.float32]]) -> NDArray[np.int64]:
-    return np.argmin([_distance(rows_ME, centre) for centre in centres], axis=0)
+def _nearest(rows_ME: NDArray[np.float32], centres_KE: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Nearest centre of each row; |row|^2, the same for all centres, is left out of the distance."""
+    return np.argmin(np.square(centres_KE).sum(axis=1) - 2 * (rows_ME @ centres_KE.T), axis=1)
