@@ -243,7 +243,7 @@ def test_visipruner_decides_by_its_detector(case):
     filter_ = max(firsts)  # the 0.9 quantile of three
     assert select.layer == filter_ + 1
     norms = [sorted(each[filter_][1], reverse=True) for each in figures]
-    threshold = sorted(each[3] for each in norms)[1]  # the median sample keeps three
+    threshold = sorted((each[2] + each[3]) / 2 for each in norms)[1]  # the median sample keeps three
     assert isinstance(select.by, ValueInfluence)
     assert select.by.threshold == pytest.approx(threshold, rel=1e-5)
     counts = sorted(sum(norm > select.by.threshold for norm in each) for each in norms)
@@ -252,6 +252,12 @@ def test_visipruner_decides_by_its_detector(case):
         sum(c > counts[0] for c in counts) / 3, rel=1e-5
     )
     assert outcome.curves["filter_samples"][filter_] == firsts.count(filter_)
+
+
+def test_visipruner_threshold_lies_between_norms():
+    norms = np.array([[1.0, 5.0, 3.0], [2.0, 6.0, 5.0], [9.0, 8.0, 1.0], [9.0, 9.0, 9.0]])
+    assert visipruner.gap_after(norms, 1) == 5.5  # halfway: 4, 5.5, 8.5, 9
+    assert visipruner.gap_after(norms, 3) == 0.5  # halfway to zero: .5, 1, .5, 4.5
 
 
 def test_visipruner_exit_counts_in_total_or_in_a_row():

@@ -123,9 +123,7 @@ def calibrate(probe: Probe, parameters: Parameters) -> Outcome:
     norms_BN = _norms(probe, blind, filter_)
     threshold = parameters.threshold
     if threshold is None:
-        kept = max(1, round(parameters.target * visual))
-        following = -np.sort(-norms_BN, axis=1)[:, min(kept, visual - 1)]  # the largest that is not kept
-        threshold = round_figure(float(np.median(following)))
+        threshold = gap_after(norms_BN, max(1, round(parameters.target * visual)))
     counts = (norms_BN > threshold).sum(axis=1)
     keep = max(1, int(_quantile(counts, parameters.keep_quantile)))
 
@@ -158,6 +156,16 @@ def shallow_rules(layers: int, parameters: Parameters) -> tuple[LayerRule, ...]:
         keys = None if parameters.visual_attention else "none"
         rules.append(LayerRule(layers=blind, text_keys="none", visual_keys=keys))
     return tuple(rules)
+
+
+def gap_after(norms_BN: np.ndarray, kept: int) -> float:
+    """A threshold that the median sample exceeds `kept` times (of two median samples the lower).
+
+    Halfway to the next norm, and not at one: there, rounding would decide what is kept.
+    """
+    falling = np.pad(-np.sort(-norms_BN, axis=1), ((0, 0), (0, 1)))  # below the last one there is zero
+    halfway = (falling[:, kept - 1] + falling[:, kept]) / 2
+    return round_figure(float(np.quantile(halfway, 0.5, method="lower")))
 
 
 def exit_layer(moved: Mapping[int, bool], needed: int, consecutive: bool, depth: int) -> int:
