@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select
-from trimvlm.rules import LastRowAttention
+from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select, SkipMode, SkipStage
+from trimvlm.rules import LastRowAttention, RouterScores, ValueInfluence
 from trimvlm.schedule import resolve
 from trimvlm.target import Limits
 from trimvlm_engines.shapes import ShapeRange, decoder_ranges, images_range
@@ -53,6 +53,34 @@ def test_more_kept_tokens_than_topk_takes() -> None:
         UserError, match=r"layer 2: select.keep: 14 images keep 4032 .* at most 3840; lower limits.images"
     ):
         decoder_ranges(schedule, Limits(images=14))
+
+
+def test_masks_router_and_skip_stages_have_inputs_of_their_own() -> None:
+    decisions = Decisions(
+        select=(
+            Select(layer=1, keep=500, by=RouterScores()),
+            Select(layer=2, keep=100, by=ValueInfluence(threshold=0.2)),
+        ),
+        skip=SkipMode(stages=(SkipStage(layer=3, count=20), SkipStage(layer=4, count=70))),
+        layers=(LayerRule(layers=(4,), query="unskipped"), LayerRule(layers=(5,), cache="none")),
+    )
+    ranges = decoder_ranges(resolve(decisions, MODEL), LIMITS)
+    assert ranges["router_scores"] == ranges["visual_positions"]
+    assert ranges["past_visible.1"] == ShapeRange(min=(0,), opt=(0,), max=(200 + 150,))
+    assert [ranges[f"forced_skip.{k}"].max for k in range(2)] == [(40,), (140,)]
+    assert len(ranges) == 4 + 1 + 2 + 2 + 2 * 6 + 1
+
+
+def test_more_rows_than_topk_takes_in_or_out_of_skip_mode() -> None:
+    for count in (1, 576):
+        skip = SkipMode(stages=(SkipStage(layer=3, count=count),))
+        decisions = Decisions(skip=skip, layers=(LayerRule(layers=(4,), query="unskipped"),))
+        schedule = resolve(decisions, MODEL)
+        assert decoder_ranges(schedule, Limits(images=6))["forced_skip.0"].max == (6 * count,)
+        with pytest.raises(
+            UserError, match=r"layer 3: skip.stages: of 7 images .* 3840; lower limits.images"
+        ):
+            decoder_ranges(schedule, Limits(images=7))
 
 
 def test_images() -> None:
