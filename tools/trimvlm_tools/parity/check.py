@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from trimvlm.bundle import Bundle
+from trimvlm.encoder_rules import EncoderStage
 from trimvlm.parity import Metric, ParityReport, Rung
 from trimvlm.profile import Decisions
 from trimvlm.schedule import Schedule, resolve
 from trimvlm.session import Session
 from trimvlm_calib.samples import Sample, model_inputs
-from trimvlm_tools.parity.compare import LIMITS, Answer, Worst, kl, max_abs
+from trimvlm_tools.parity.answer import Answer
+from trimvlm_tools.parity.choices import thresholds_of
+from trimvlm_tools.parity.compare import LIMITS, Worst, kl, max_abs
 from trimvlm_tools.parity.goldens import write_goldens
 
 
@@ -47,11 +50,14 @@ def check(
     """
     name, entry = bundle.entry(profile)
     manifest = bundle.manifest
-    schedule = Schedule.resolve(bundle.profile(name), manifest.model)
+    pruning = bundle.profile(name)
+    schedule, stage = Schedule.resolve(pruning, manifest.model), pruning.decisions.encoder
     dense = resolve(Decisions(), manifest.model)
     hf = hf or HuggingFace(bundle)
     limits = LIMITS[manifest.dtype]
-    plain, free, forced = (Worst(LIMITS["float32"]), Worst(limits), Worst(limits))
+    plain = Worst(LIMITS["float32"])
+    free, forced = (Worst(limits, thresholds_of(schedule)) for _ in range(2))
+    chooses = bool(schedule.stages or schedule.skip_stages or stage)
     effect_kl, effect_tokens, pixels = [], 0, 0.0
     kept: list[tuple[Sample, Answer]] = []
     with Session.open(bundle, name) as session:
@@ -59,15 +65,17 @@ def check(
             inputs = hf.inputs(question)
             untouched, dense_answer = hf.dense(question, dense, max_new_tokens)
             plain.add(replace(dense_answer, kv=[]), untouched)
-            wanted = hf.reference(inputs, schedule, max_new_tokens) if schedule != dense else dense_answer
+            wanted = dense_answer
+            if pruning.decisions != Decisions():
+                wanted = hf.reference(inputs, schedule, max_new_tokens, encoder=stage)
             effect_kl.append(kl(dense_answer.logits[:1], wanted.logits[:1]))
             effect_tokens += wanted.tokens != dense_answer.tokens
             image = session.preprocess(question.image)
             std = np.array(manifest.image.std, np.float32)[:, None, None]
             pixels = max(pixels, max_abs(image * std, inputs["pixel_values"][0].numpy() * std))
             free.add(graph_answer(session, question, image, wanted), wanted)
-            if schedule.stages:
-                forced.add(graph_answer(session, question, image, wanted, forced=wanted.selected), wanted)
+            if chooses:
+                forced.add(graph_answer(session, question, image, wanted, force=True), wanted)
             if len(kept) < goldens:
                 kept.append((question, wanted))
             advance("")
@@ -80,7 +88,7 @@ def check(
         Rung(name="dense HF -> reference, nothing pruned", metrics=plain.metrics()),
         Rung(name="reference -> graph, free running", metrics=(pixel_metric, *free.metrics())),
         Rung(name="reference -> graph, forced indices", metrics=forced.metrics())
-        if schedule.stages
+        if chooses
         else Rung(name="reference -> graph, forced indices", skipped="this profile selects nothing"),
         Rung(name="effect of pruning: dense -> reference", metrics=effect),
         *(
@@ -147,21 +155,25 @@ class HuggingFace:
         logits = np.stack([step[0].float().numpy() for step in out.logits])
         return Answer(
             visual=torch.cat(list(features)).numpy(),
-            selected=[],
-            scores=[],
             logits=logits,
-            kv=[],
             tokens=tokens,
         )
 
-    def reference(self, inputs: dict[str, Any], schedule: Schedule, max_new_tokens: int) -> Answer:
+    def reference(
+        self,
+        inputs: dict[str, Any],
+        schedule: Schedule,
+        max_new_tokens: int,
+        *,
+        encoder: EncoderStage | None = None,
+    ) -> Answer:
         """The same model under a Schedule; teacher-forced on its own greedy answer."""
         from trimvlm_export.reference import Reference
 
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        with Reference(self.model, schedule) as reference:
-            visual = reference.features(inputs)
+        with Reference(self.model, schedule, encoder) as reference:
+            visual, patches = reference.encode(inputs)
             run = reference.prefill(inputs, features=visual)
             logits, tokens = [run.logits], [int(run.logits.argmax())]
             while tokens[-1] not in ends and len(tokens) < max_new_tokens:
@@ -169,8 +181,12 @@ class HuggingFace:
                 tokens.append(int(logits[-1].argmax()))
         return Answer(
             visual=visual.numpy(),
+            patches=patches,
             selected=run.selected,
             scores=run.scores,
+            skipped=run.skipped,
+            skip_scores=run.skip_scores,
+            visible=run.visible,
             logits=np.stack(logits),
             kv=[pair for pair in run.kv if pair is not None],
             tokens=tokens,
@@ -178,17 +194,22 @@ class HuggingFace:
 
 
 def graph_answer(
-    session: Session,
-    question: Sample,
-    image: np.ndarray,
-    wanted: Answer,
-    *,
-    forced: Sequence[np.ndarray] = (),
+    session: Session, question: Sample, image: np.ndarray, wanted: Answer, *, force: bool = False
 ) -> Answer:
-    """The exported graphs on a question: logits teacher-forced on `wanted.tokens`, tokens of its own."""
+    """The exported graphs on a question: logits teacher-forced on `wanted.tokens`, tokens of its own.
+
+    Args:
+        image: pixels from the session's preprocessing.
+        force: the graph is given the choices of `wanted`, and its visual rows if an encoder stage chose them.
+    """
     rows = session.prompt(question.question, 1)
-    visual = session.vision([image])
-    first = outputs = session.prefill(rows, visual, forced)
+    if force and wanted.patches:
+        visual, patches, fed = wanted.visual, wanted.patches, wanted.visual
+    else:
+        seen = session.visual([image])
+        visual, patches, fed = seen.rows, list(seen.chosen), seen.rows
+    given, skips = (wanted.selected, wanted.skipped) if force else ((), ())
+    first = outputs = session.prefill(rows, fed, given, forced_skip=skips)
     logits = [first["logits"][0]]
     for token in wanted.tokens[:-1]:
         outputs = session.step(token, outputs)
@@ -199,13 +220,21 @@ def graph_answer(
         tokens.append(int(row.argmax()))
         if tokens != wanted.tokens[: len(tokens)]:
             break
-    layers = sorted(int(name.split(".")[1]) for name in first if name.startswith("present_key."))
-    stages = range(sum(name.startswith("selected.") for name in first))
     return Answer(
         visual=visual,
-        selected=[first[f"selected.{stage}"] for stage in stages],
-        scores=[first[f"scores.{stage}"] for stage in stages],
+        patches=patches,
+        selected=[*numbered(first, "selected").values()],
+        scores=[*numbered(first, "scores").values()],
+        skipped=[*numbered(first, "skipped").values()],
+        skip_scores=[*numbered(first, "skip_scores").values()],
+        visible=numbered(first, "present_visible"),
         logits=np.stack(logits),
-        kv=[(first[f"present_key.{layer}"], first[f"present_value.{layer}"]) for layer in layers],
+        kv=[(key, first[f"present_value.{layer}"]) for layer, key in numbered(first, "present_key").items()],
         tokens=tokens,
     )
+
+
+def numbered(outputs: Mapping[str, np.ndarray], name: str) -> dict[int, np.ndarray]:
+    """The outputs `name.0`, `name.1`, ... by number, ascending."""
+    found = {int(key.rpartition(".")[2]): key for key in outputs if key.rpartition(".")[0] == name}
+    return {number: outputs[found[number]] for number in sorted(found)}

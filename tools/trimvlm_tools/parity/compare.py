@@ -1,34 +1,16 @@
-"""Comparing one answer computed twice. Shapes: V vocabulary, G key/value heads, P rows, C head size."""
+"""Comparing one answer computed twice. Shapes: V vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimvlm.parity import Metric
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What one implementation computed for one question.
-
-    Attributes:
-        visual: projector outputs [N, D].
-        selected: per stage the surviving visual rows, ascending.
-        scores: per stage the score of each row that entered.
-        logits: float32 [steps, V]: last prompt row, then after each teacher-forced token.
-        kv: per executed layer, keys and values [1, G, P, C] after the prefill.
-        tokens: greedy ids.
-    """
-
-    visual: NDArray
-    selected: list[NDArray]
-    scores: list[NDArray]
-    logits: NDArray
-    kv: list[tuple[NDArray, NDArray]]
-    tokens: list[int]
+from trimvlm_tools.parity.answer import Answer
+from trimvlm_tools.parity.choices import choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,71 +30,108 @@ LIMITS = {
 }
 
 
+# Choices that are compared, by the first part of their names.
+CHOICES = {
+    "patches": "answers with other patches",
+    "selected": "answers with other selections",
+    "present_visible": "answers with other rows below a threshold",
+    "skipped": "answers with other rows in skip mode",
+}
+
+
 @dataclass
 class Worst:
-    """Keeps the worst of each metric over many answers."""
+    """Keeps the worst of each metric over many answers.
+
+    Attributes:
+        thresholds: of the selections that have one, by their number.
+        same: the worst over those answers whose choices are those of the rung before.
+        unexplained: answers of which the first other choice is no tie.
+    """
 
     limits: Limits
+    thresholds: Mapping[int, float] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
+    same: dict[str, float] = field(default_factory=dict)
     unexplained: int = 0
-    answers: int = 0
 
     def add(self, ours: Answer, theirs: Answer) -> None:
         """Compares `ours` with the rung before, `theirs`."""
-        self.answers += 1
-        self._max("vision features max abs", max_abs(ours.visual, theirs.visual))
+        values = dict(self._choices(ours, theirs))
+        others = sum(values.get(name, 0.0) for name in CHOICES.values())
+        if ours.visual is not theirs.visual:  # else they were given, not computed
+            values["vision features max abs"] = max_abs(ours.visual, theirs.visual)
         steps = min(len(ours.logits), len(theirs.logits))
-        self._max("logits max abs", max_abs(ours.logits[:steps], theirs.logits[:steps]))
-        self._max("logits KL (nats)", kl(theirs.logits[:steps], ours.logits[:steps]))
+        values["logits max abs"] = max_abs(ours.logits[:steps], theirs.logits[:steps])
+        values["logits KL (nats)"] = kl(theirs.logits[:steps], ours.logits[:steps])
         for mine, reference in zip(ours.kv, theirs.kv, strict=True):
-            for a, b in zip(mine, reference, strict=True):
-                self._max("KV max abs", max_abs(a, b) if a.shape == b.shape else np.inf)
-        self._sum("answers with other tokens", float(ours.tokens != theirs.tokens))
-        other = 0
-        for mine, reference, scores in zip(ours.selected, theirs.selected, theirs.scores, strict=True):
-            gap = score_gap(scores, len(reference))
-            self._min("smallest score gap at a cut", gap)
-            if mine.tolist() != reference.tolist():
-                other = 1
-                self.unexplained += gap > self.limits.score_margin
-        self._sum("answers with other selections", float(other))
+            worst = max(max_abs(a, b) for a, b in zip(mine, reference, strict=True))
+            values["KV max abs"] = max(values.get("KV max abs", 0.0), worst)
+        values["answers with other tokens"] = float(ours.tokens != theirs.tokens)
+        self._keep(self.values, values)
+        if not others:
+            self._keep(self.same, values)
 
     def metrics(self, prefix: str = "") -> tuple[Metric, ...]:
         """All metrics, with their gates."""
         limits = {
             "vision features max abs": self.limits.visual,
-            "answers with other selections": 0.0,
+            **dict.fromkeys(CHOICES.values(), 0.0),
             "logits max abs": self.limits.logits,
             "KV max abs": self.limits.kv,
             "answers with other tokens": 0.0,
         }
-        # A selection that differs inside the margin makes everything after it differ: ambiguous, not wrong.
-        tie = self.values.get("answers with other selections", 0.0) > 0 and self.unexplained == 0
-        names = [*limits, "logits KL (nats)", "smallest score gap at a cut"]
+        # A choice that differs inside the margin makes everything after it differ: ambiguous, not wrong.
+        tie = any(self.values.get(name, 0.0) for name in CHOICES.values()) and not self.unexplained
         return tuple(
             Metric(
                 name=prefix + name,
                 value=self.values.get(name),
                 limit=limits.get(name),
-                ambiguous=tie and name != "vision features max abs",
-                note="differs only where scores tie" if tie and "selections" in name else "",
+                ambiguous=tie
+                and name != "vision features max abs"
+                and self.same.get(name, 0.0) <= limits.get(name, np.inf),
+                note="differs only where scores tie" if tie and name in CHOICES.values() else "",
             )
-            for name in names
+            for name in [*limits, "logits KL (nats)", "scores max abs", "smallest score gap at a cut"]
             if name in self.values
         )
 
-    def _max(self, name: str, value: float) -> None:
-        self.values[name] = max(self.values.get(name, 0.0), value) if np.isfinite(value) else np.inf
+    def _choices(self, ours: Answer, theirs: Answer) -> Iterator[tuple[str, float]]:
+        """Metrics of the choices; only the first other one of an answer counts as tied or not."""
+        reference, mine = choices(theirs, self.thresholds), choices(ours, self.thresholds)
+        differ = {
+            name: name not in mine or mine[name].rows != choice.rows for name, choice in reference.items()
+        }
+        first = next((name for name, other in differ.items() if other), None)
+        if first is not None:
+            self.unexplained += reference[first].gap > self.limits.score_margin
+        if first is None:
+            pairs = zip([*ours.scores, *ours.skip_scores], [*theirs.scores, *theirs.skip_scores], strict=True)
+            yield "scores max abs", max((max_abs(a, b) for a, b in pairs), default=0.0)
+        gaps = [choice.gap for choice in reference.values() if np.isfinite(choice.gap)]
+        if gaps:
+            yield "smallest score gap at a cut", min(gaps)
+        for kind, metric in CHOICES.items():
+            found = [other for name, other in differ.items() if name.partition(".")[0] == kind]
+            if found or kind == "selected":
+                yield metric, float(any(found))
 
-    def _min(self, name: str, value: float) -> None:
-        self.values[name] = min(self.values.get(name, np.inf), value)
-
-    def _sum(self, name: str, value: float) -> None:
-        self.values[name] = self.values.get(name, 0.0) + value
+    @staticmethod
+    def _keep(worst: dict[str, float], values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if name.startswith("answers"):
+                worst[name] = worst.get(name, 0.0) + value
+            elif name.startswith("smallest"):
+                worst[name] = min(worst.get(name, np.inf), value)
+            else:
+                worst[name] = max(worst.get(name, 0.0), value)
 
 
 def max_abs(a: NDArray, b: NDArray) -> float:
-    """Largest absolute difference; infinite where a value is not a number."""
+    """Largest absolute difference; infinite where a value is not a number or shapes differ."""
+    if a.shape != b.shape:
+        return np.inf
     if a.size == 0:
         return 0.0
     worst = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
@@ -129,9 +148,3 @@ def log_softmax(logits: NDArray) -> NDArray:
     """Over the last axis, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def score_gap(scores: NDArray, kept: int) -> float:
-    """Distance between the lowest score that was kept and the highest that was not."""
-    ranked = np.sort(scores)[::-1]
-    return float(ranked[kept - 1] - ranked[kept]) if 0 < kept < len(ranked) else np.inf

@@ -6,8 +6,9 @@ Kept in the bundle as small readable JSON; numbers that are compared are written
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -15,51 +16,59 @@ import numpy as np
 from trimvlm.bundle import Bundle, Entry, record, write_manifest, write_whole
 from trimvlm.errors import UserError
 from trimvlm.parity import Metric, ParityReport, Rung
+from trimvlm.schedule import Schedule
 from trimvlm.session import ORT_CPU, Session
 from trimvlm.value import Value
 from trimvlm_calib.samples import Sample
-from trimvlm_tools.parity.compare import LIMITS, Answer, score_gap
+from trimvlm_tools.parity.answer import Answer
+from trimvlm_tools.parity.choices import choices, thresholds_of
+from trimvlm_tools.parity.compare import LIMITS
 
 TOP = 8  # logits kept per step
 
 
-class Stage(Value, frozen=True, kw_only=True):
-    """One selection: surviving visual rows, and how far the cut was from a tie."""
+class Made(Value, frozen=True, kw_only=True):
+    """One choice: the rows chosen, and how far the scores were from another choice (see `Choice`)."""
 
-    selected: tuple[int, ...]
-    score_gap: str
+    rows: tuple[int, ...]
+    gap: str
 
 
 class Case(Value, frozen=True, kw_only=True):
-    """One question: `logits[step]` maps token ids to float32 values, the highest `TOP` of the reference."""
+    """One question.
+
+    Attributes:
+        choices: by name, see `choices.py`.
+        logits: `logits[step]` maps token ids to float32 values, the highest `TOP` of the reference.
+    """
 
     image: str
     question: str
     tokens: tuple[int, ...]
-    stages: tuple[Stage, ...]
+    choices: dict[str, Made]
     logits: tuple[dict[str, str], ...]
 
 
 class Goldens(Value, frozen=True, kw_only=True):
     """All cases of one profile."""
 
-    schema: int = 1
+    schema: Literal[2] = 2
     profile_digest: str
     data: str
     versions: dict[str, str]
     cases: tuple[Case, ...]
 
 
-def case_of(image: str, question: str, answer: Answer) -> Case:
+def case_of(image: str, question: str, answer: Answer, thresholds: Mapping[int, float]) -> Case:
     """Keeps what is compared of a reference answer."""
     return Case(
         image=image,
         question=question,
         tokens=tuple(answer.tokens),
-        stages=tuple(
-            Stage(selected=tuple(rows.tolist()), score_gap=score_gap(scores, len(rows)).hex())
-            for rows, scores in zip(answer.selected, answer.scores, strict=True)
-        ),
+        choices={
+            name: Made(rows=choice.rows, gap=choice.gap.hex())
+            for name, choice in choices(answer, thresholds).items()
+        },
         logits=tuple(
             {
                 str(token): float(step[token]).hex()
@@ -79,12 +88,13 @@ def write_goldens(
         The file written.
     """
     manifest, directory = bundle.manifest, bundle.directory
+    thresholds = thresholds_of(Schedule.resolve(bundle.profile(profile), manifest.model))
     (directory / "goldens").mkdir(exist_ok=True)
     cases, written = [], []
     for sample, answer in answers:
         name = f"goldens/{profile}-{len(cases)}{sample.image.suffix}"
         shutil.copyfile(sample.image, directory / name)
-        cases.append(case_of(name, sample.question, answer))
+        cases.append(case_of(name, sample.question, answer, thresholds))
         written.append(name)
     goldens = Goldens(
         profile_digest=bundle.profile(profile).digest,
@@ -113,7 +123,13 @@ def check_goldens(bundle: Bundle, profile: str | None, target: str = ORT_CPU) ->
             f"{bundle.directory}: profile {name} has no goldens; write them on the workstation with "
             f"trimvlm check {bundle.directory} --profile {name} --write-goldens"
         )
-    goldens = msgspec.json.decode(bundle.path(entry.goldens).read_bytes(), type=Goldens)
+    try:
+        goldens = msgspec.json.decode(bundle.path(entry.goldens).read_bytes(), type=Goldens)
+    except msgspec.ValidationError as error:
+        raise UserError(
+            f"{entry.goldens}: written by another version of trimvlm ({error}); write them again with "
+            f"trimvlm check {bundle.directory} --profile {name} --write-goldens"
+        ) from None
     if goldens.profile_digest != bundle.profile(name).digest:
         raise UserError(f"{entry.goldens}: made for another version of profile {name}; write them again")
     limits = LIMITS[bundle.manifest.dtype]
@@ -121,11 +137,15 @@ def check_goldens(bundle: Bundle, profile: str | None, target: str = ORT_CPU) ->
     with Session.open(bundle, name, target) as session:
         for case in goldens.cases:
             rows = session.prompt(case.question, 1)
-            outputs = session.prefill(rows, session.vision([bundle.path(case.image)]))
-            for stage, expected in enumerate(case.stages):
-                if outputs[f"selected.{stage}"].tolist() != list(expected.selected):
-                    other_rows += 1
-                    unexplained += float.fromhex(expected.score_gap) > limits.score_margin
+            visual = session.visual([bundle.path(case.image)])
+            outputs = session.prefill(rows, visual.rows)
+            other = [
+                made
+                for name, made in case.choices.items()
+                if made.rows != _rows(name, outputs, visual.chosen)
+            ]
+            other_rows += len(other)
+            unexplained += bool(other) and float.fromhex(other[0].gap) > limits.score_margin
             for step, (token, wanted) in enumerate(zip(case.tokens, case.logits, strict=True)):
                 logits = outputs["logits"][0]
                 gaps = [abs(float(logits[int(key)]) - float.fromhex(value)) for key, value in wanted.items()]
@@ -135,7 +155,7 @@ def check_goldens(bundle: Bundle, profile: str | None, target: str = ORT_CPU) ->
                     outputs = session.step(token, outputs)
     tie = other_rows > 0 and unexplained == 0
     metrics = (
-        Metric(name="selections that differ", value=float(other_rows), limit=0.0, ambiguous=tie),
+        Metric(name="choices that differ", value=float(other_rows), limit=0.0, ambiguous=tie),
         Metric(name=f"top {TOP} logits max abs", value=worst, limit=limits.logits, ambiguous=tie),
         Metric(name="greedy tokens that differ", value=float(other_tokens), limit=0.0, ambiguous=tie),
     )
@@ -147,3 +167,10 @@ def check_goldens(bundle: Bundle, profile: str | None, target: str = ORT_CPU) ->
         versions=goldens.versions,
         rungs=(Rung(name=f"reference (goldens) -> {target}", metrics=metrics),),
     )
+
+
+def _rows(name: str, outputs: Mapping[str, np.ndarray], patches: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """What a run chose under a name of `choices.py`."""
+    kind, _, number = name.partition(".")
+    found = patches[int(number)] if kind == "patches" else outputs[name]
+    return tuple((np.flatnonzero(found) if kind == "present_visible" else found).tolist())
