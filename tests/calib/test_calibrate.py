@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
+from msgspec import structs
 from tiny_models import noise_image, tiny_llava
 
 from trimvlm.errors import UserError
@@ -12,6 +18,7 @@ from trimvlm.schedule import Schedule
 from trimvlm_calib.calibrate import calibrate
 from trimvlm_calib.files import load_profile, save_profile
 from trimvlm_calib.methods import discover
+from trimvlm_calib.partial import discard
 from trimvlm_calib.samples import load_samples
 from trimvlm_export.checkpoint import model_spec
 
@@ -77,6 +84,92 @@ def test_calibration_is_deterministic(checkpoint, samples):
     )
     assert first == second
     assert first.calibration.curves != other.calibration.curves
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("method", ["v-skip", "fastv+shortv", "hidivdrop"])
+def test_a_killed_calibration_ends_in_the_same_bytes(tmp_path, checkpoint, samples, method):
+    """Killed again and again, at every third measurement: none is made twice."""
+    output = tmp_path / "p.yaml"
+    measured = []
+
+    def run(progress=None, output=None):
+        return calibrate(
+            checkpoint, method, samples, PARAMETERS.get(method), data_name="noise", count=2, seed=3,
+            progress=progress, output=output,
+        )  # fmt: skip
+
+    def killing():
+        calls = []
+
+        def progress(what, done, total):
+            measured.append((what, done))
+            calls.append(done)
+            if len(calls) == 3:
+                raise KilledError
+
+        return progress
+
+    profile = None
+    while profile is None:
+        with contextlib.suppress(KilledError):
+            profile = run(killing(), output)
+    save_profile(profile, output)
+    whole = []
+    save_profile(run(lambda what, done, total: whole.append((what, done))), tmp_path / "whole.yaml")
+    assert output.read_bytes() == (tmp_path / "whole.yaml").read_bytes()
+    assert sorted(measured) == sorted(whole)
+    assert len(whole) > 12
+    assert (tmp_path / "p.yaml.partial").is_file()  # the profile must be on disk before it goes
+    discard(output)
+    assert not (tmp_path / "p.yaml.partial").exists()
+
+
+def test_what_was_measured_serves_other_parameters(tmp_path, checkpoint, samples):
+    output, calls = tmp_path / "p.yaml", []
+    settings = {"data_name": "noise", "count": 1, "output": output}
+    with pytest.raises(UserError, match="vtw: eta: at no layer"):
+        calibrate(checkpoint, "vtw", samples, {"eta": 1e-12}, **settings)
+    calibrate(checkpoint, "vtw", samples, {"eta": 1.0}, **settings, progress=lambda *call: calls.append(call))
+    assert calls == []
+    with pytest.raises(UserError, match=r"partial: of an unfinished run with method vtw, but this"):
+        calibrate(checkpoint, "v-skip", samples, **settings)
+    with pytest.raises(UserError, match=r"partial: of an unfinished run with seed 0, but this run has 4"):
+        calibrate(checkpoint, "vtw", samples, **settings, seed=4)
+
+
+def test_a_task_is_recorded(checkpoint, samples):
+    named = [structs.replace(sample, task="ab"[number % 2]) for number, sample in enumerate(samples)]
+    profile = calibrate(checkpoint, "v-skip", named, data_name="noise", task="b")
+    assert (profile.calibration.data, profile.calibration.samples) == ("noise, task b", 3)
+    alone = calibrate(checkpoint, "v-skip", named[1::2], data_name="noise")
+    assert profile.calibration.curves == alone.calibration.curves
+
+
+def test_two_processes_write_the_bytes_of_one(tmp_path, checkpoint, samples):
+    """5 samples for 2 processes, through the command line; they leave nothing else behind."""
+    (tmp_path / "two").mkdir()
+    output = tmp_path / "two" / "p.yaml"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "trimvlm_tools", "calibrate", str(checkpoint), "--method", "v-skip", "--json"]
+    data = ["--data", str(samples[0].image.parent), "--samples", "5", "--out", str(output)]
+    done = subprocess.run(
+        [*launcher, *command, *data],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["name"] == "p"  # said once
+    assert {path.name for path in output.parent.iterdir()} == {"p.yaml", "p.svg"}
+    data_name = samples[0].image.parent.name
+    one = calibrate(checkpoint, "v-skip", samples, data_name=data_name, count=5, name="p")
+    save_profile(one, tmp_path / "one.yaml")
+    assert output.read_bytes() == (tmp_path / "one.yaml").read_bytes()
 
 
 def test_too_few_samples(checkpoint, samples):
