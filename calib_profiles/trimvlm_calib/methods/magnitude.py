@@ -67,7 +67,8 @@ def calibrate(probe: Probe, parameters: Parameters) -> Outcome:
     curves: dict[str, Curve] = {f"norm_{kind}": curve for kind, curve in norms.items()}
     for kind, layers in dropped.items():
         candidates = {layer: Decisions(layers=_rules({kind: [layer]})) for layer in layers}
-        curves[f"kl_{kind}"] = probe.sweep(f"{kind} dropped", candidates, "full||pruned")
+        if candidates:
+            curves[f"kl_{kind}"] = probe.sweep(f"{kind} dropped", candidates, "full||pruned")
     return Outcome(decisions=Decisions(layers=_rules(dropped)), curves=curves)
 
 
