@@ -63,6 +63,12 @@ def load_samples(place: Path | str) -> list[Sample]:
     return samples
 
 
+def set_name(place: Path | str) -> str:
+    """What a Profile calls the set at `place`: the folder's name, or the JSONL file's."""
+    place = Path(place).resolve()
+    return place.parent.name if place.name == QUESTIONS else place.name
+
+
 def of_task(samples: Sequence[Sample], task: str) -> list[Sample]:
     """The samples of one task.
 

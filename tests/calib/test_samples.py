@@ -8,7 +8,16 @@ import pytest
 from tiny_models import noise_image, tiny_inputs, tiny_llava
 
 from trimvlm.errors import UserError
-from trimvlm_calib.samples import PreparedSamples, Sample, digest, draw, load_samples, model_inputs, of_task
+from trimvlm_calib.samples import (
+    PreparedSamples,
+    Sample,
+    digest,
+    draw,
+    load_samples,
+    model_inputs,
+    of_task,
+    set_name,
+)
 
 
 def write(folder, *lines):
@@ -74,6 +83,11 @@ def test_a_jsonl_file_anywhere(tmp_path):
     file.write_text(lines[1] + '\n{"image": "../images/b.png", "prompt": "q"}')
     with pytest.raises(UserError, match=r"mine\.jsonl: line 2: image: there is no file .*b\.png"):
         load_samples(file)
+
+
+def test_a_set_is_named_alike_by_folder_and_by_file(tmp_path):
+    assert set_name(tmp_path) == set_name(tmp_path / "questions.jsonl") == tmp_path.name
+    assert set_name(tmp_path / "mine.jsonl") == "mine.jsonl"
 
 
 def test_samples_of_one_task(tmp_path):
