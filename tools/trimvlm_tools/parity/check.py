@@ -20,6 +20,7 @@ from trimvlm_tools.parity.answer import Answer
 from trimvlm_tools.parity.choices import thresholds_of
 from trimvlm_tools.parity.compare import LIMITS, Worst, kl, max_abs
 from trimvlm_tools.parity.goldens import write_goldens
+from trimvlm_tools.parity.router import Score, make_router
 
 
 def check(
@@ -54,6 +55,7 @@ def check(
     schedule, stage = Schedule.resolve(pruning, manifest.model), pruning.decisions.encoder
     dense = resolve(Decisions(), manifest.model)
     hf = hf or HuggingFace(bundle)
+    router = make_router(bundle, pruning, hf.model)
     limits = LIMITS[manifest.dtype]
     plain = Worst(LIMITS["float32"])
     free, forced = (Worst(limits, thresholds_of(schedule)) for _ in range(2))
@@ -67,7 +69,7 @@ def check(
             plain.add(replace(dense_answer, kv=[]), untouched)
             wanted = dense_answer
             if pruning.decisions != Decisions():
-                wanted = hf.reference(inputs, schedule, max_new_tokens, encoder=stage)
+                wanted = hf.reference(inputs, schedule, max_new_tokens, encoder=stage, router=router)
             effect_kl.append(kl(dense_answer.logits[:1], wanted.logits[:1]))
             effect_tokens += wanted.tokens != dense_answer.tokens
             image = session.preprocess(question.image)
@@ -166,6 +168,7 @@ class HuggingFace:
         max_new_tokens: int,
         *,
         encoder: EncoderStage | None = None,
+        router: Score | None = None,
     ) -> Answer:
         """The same model under a Schedule; teacher-forced on its own greedy answer."""
         from trimvlm_export.reference import Reference
@@ -174,7 +177,8 @@ class HuggingFace:
         ends = ends if isinstance(ends, list) else [ends]
         with Reference(self.model, schedule, encoder) as reference:
             visual, patches = reference.encode(inputs)
-            run = reference.prefill(inputs, features=visual)
+            scores = router(inputs, visual) if router else None
+            run = reference.prefill(inputs, features=visual, router_scores=scores)
             logits, tokens = [run.logits], [int(run.logits.argmax())]
             while tokens[-1] not in ends and len(tokens) < max_new_tokens:
                 logits.append(reference.step(tokens[-1]))
