@@ -107,7 +107,7 @@ def _vispruner(rule: VisPruner, keep: int, view: View) -> list[int]:
     residual, wanted = order[important:], keep - important
     if not wanted:
         return order[:important]
-    states = view.states[rule.features][1:]
+    states = view.states[rule.features][1:].astype(np.float64)  # near doubles decide
     while len(residual) > wanted:
         pairs = len(residual) // 2
         evens = [residual[2 * i] for i in range(pairs)]

@@ -1,6 +1,7 @@
 """The encoder stage on the device: from what the vision graph gives for one image to the rows that stay.
 
-Numpy only: between two graphs, on at most a few hundred tokens. Everything that decides is float32.
+Numpy only: between two graphs, on at most a few hundred tokens. Scores are float32 or finer, ties go to the
+lower index.
 
 Shapes: N patches, S tower rows ([CLS] where there is one, then the patches), E width of a row, K rows kept.
 """

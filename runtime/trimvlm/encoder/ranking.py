@@ -20,7 +20,7 @@ def others(chosen: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return np.flatnonzero(left_N).astype(np.int64)
 
 
-def unit(rows_NE: NDArray[Any]) -> NDArray[np.float32]:
-    """Rows of Euclidean length one, float32; a row of zeros stays one."""
-    rows_NE = rows_NE.astype(np.float32)
-    return rows_NE / np.maximum(np.linalg.norm(rows_NE, axis=-1, keepdims=True), np.float32(1e-12))
+def unit(rows_NE: NDArray[Any], dtype: type[np.floating] = np.float32) -> NDArray[Any]:
+    """Rows of Euclidean length one, computed in `dtype`; a row of zeros stays one."""
+    rows_NE = rows_NE.astype(dtype)
+    return rows_NE / np.maximum(np.linalg.norm(rows_NE, axis=-1, keepdims=True), dtype(1e-12))

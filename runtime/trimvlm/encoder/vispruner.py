@@ -3,6 +3,10 @@
 As published wherever the published procedure runs: an even number of residual tokens, and none or at least
 eight diverse ones. Beyond that: the last token of an odd number has no partner and stays, at the end of the
 order; a step never drops more than it has pairs.
+
+Likeness is float64: the order of all pairs decides the next step's pairs, so one swap of near doubles changes
+many tokens (measured on 30 images of 196 patches, features 1e-6 apart: 3 images differed with float32, none
+with float64).
 """
 
 from __future__ import annotations
@@ -25,12 +29,12 @@ def choose(rule: VisPruner, keep: int, outputs: Mapping[str, NDArray[Any]]) -> N
     attention_N = outputs[f"{source}.{rule.attention}"]
     order_N = highest(attention_N, len(attention_N))
     important = int(keep * rule.important)
-    features_NE = unit(outputs[f"features.{rule.features}"][-len(attention_N) :])
+    features_NE = unit(outputs[f"features.{rule.features}"][-len(attention_N) :], np.float64)
     diverse = distinct(features_NE, order_N[important:], keep - important)
     return np.concatenate([order_N[:important], diverse])
 
 
-def distinct(features_NE: NDArray[np.float32], residual: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+def distinct(features_NE: NDArray[np.floating], residual: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """Drops tokens that have a near double until `count` are left.
 
     Each step pairs the tokens at even and odd places, and drops up to eight of the even ones, those most
