@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import msgspec
 
@@ -12,9 +13,10 @@ from trimvlm.errors import UserError
 from trimvlm.profile import Calibration, Profile, check_name
 from trimvlm.profile import Method as MethodRecord
 from trimvlm.schedule import resolve
+from trimvlm_calib.calibrated import Calibrated
 from trimvlm_calib.distributed import ALONE, Team
 from trimvlm_calib.methods import Method, find
-from trimvlm_calib.outcome import merge
+from trimvlm_calib.outcome import Outcome, merge
 from trimvlm_calib.partial import Partial
 from trimvlm_calib.samples import PreparedSamples, Sample, digest, draw, of_task
 
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     from trimvlm.profile import ModelSpec
     from trimvlm_calib.probe import Probe, Progress
 
+P = ParamSpec("P")
 
-def calibrate(
+
+def calibrate_all(
     checkpoint: Path | str,
     method: str,
     samples: Sequence[Sample],
@@ -37,8 +41,8 @@ def calibrate(
     progress: Progress | None = None,
     output: Path | None = None,
     team: Team = ALONE,
-) -> Profile:
-    """Calibrates a method on a model.
+) -> Calibrated:
+    """Calibrates a method on a model; `save_calibrated` writes what it returns.
 
     Args:
         checkpoint: directory of a Hugging Face LLaVA.
@@ -81,17 +85,47 @@ def calibrate(
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
     outcome = merge(outcomes)
-    resolve(outcome.decisions, spec)
-    return Profile(
+    for decisions in outcome.variants or (outcome.decisions,):
+        resolve(decisions, spec)
+    profile = Profile(
         name=name or method,
         method=method_record(method, parameters or {}),
         model=spec,
         decisions=outcome.decisions,
+        router=outcome.router.named(f"{name or method}.router.safetensors") if outcome.router else None,
         calibration=Calibration(data=data_name, samples=len(drawn), seed=seed, curves=outcome.curves)
         if drawn
         else None,
         needs_adapted_weights=outcome.needs_adapted_weights,
     )
+    return Calibrated(profiles=_members(profile, outcome), router=outcome.router)
+
+
+def _members(profile: Profile, outcome: Outcome) -> tuple[Profile, ...]:
+    """One Profile per variant, `name-0` and so on, as members of the choice `name`; or the only one."""
+    if not outcome.variants:
+        return (profile,)
+    return tuple(
+        msgspec.structs.replace(
+            profile, name=f"{profile.name}-{number}", choice=profile.name, decisions=decisions
+        )
+        for number, decisions in enumerate(outcome.variants)
+    )
+
+
+def _single(every: Callable[P, Calibrated]) -> Callable[P, Profile]:
+    """`calibrate_all` for methods that give one Profile and train nothing."""
+
+    @wraps(every)
+    def one(*args: P.args, **kwargs: P.kwargs) -> Profile:
+        made = every(*args, **kwargs)
+        assert made.router is None, "a trained router has to be saved: calibrate_all and save_calibrated"
+        return made.profiles[0]
+
+    return one
+
+
+calibrate = _single(calibrate_all)
 
 
 def method_record(method: str, parameters: Mapping[str, Any]) -> MethodRecord:

@@ -15,13 +15,15 @@ import yaml
 from trimvlm.bundle import write_whole
 from trimvlm.errors import UserError
 from trimvlm.profile import Profile, to_profile
+from trimvlm_export.router_weights import find_weights
 
 
 def load_profile(path: Path | str) -> Profile:
     """Reads a Profile.
 
     Raises:
-        UserError: no such file, not YAML, or not a Profile; the message names the file and the field.
+        UserError: no such file, not YAML, not a Profile, or its router's weights are not beside it; the
+            message names the file and the field.
     """
     path = Path(path)
     try:
@@ -32,7 +34,9 @@ def load_profile(path: Path | str) -> Profile:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    return to_profile(data, source=str(path))
+    profile = to_profile(data, source=str(path))
+    find_weights(profile, path.parent)
+    return profile
 
 
 def save_profile(profile: Profile, path: Path | str) -> None:

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from msgspec import structs
 
 from trimvlm.encoder_rules import EncoderStage
 from trimvlm.errors import UserError
 from trimvlm.profile import Decisions, SkipMode, SkipStage
+from trimvlm.routing import RouterSpec
 from trimvlm.value import Value
 
 Curve = tuple[float | None, ...]
 T = TypeVar("T")
+
+
+class TrainedRouter(Value, frozen=True, kw_only=True):
+    """A router that is not on disk yet; see `RouterSpec`. `weights`: float32 arrays by parameter name."""
+
+    width: int
+    heads: int
+    first: int
+    mask: Literal["full", "causal"]
+    weights: dict[str, Any]
+
+    def named(self, file: str) -> RouterSpec:
+        """The router as a Profile names it, with its weights in `file`."""
+        from trimvlm_export.router_weights import digest
+
+        return RouterSpec(
+            weights=file,
+            sha256=digest(self.weights),
+            width=self.width,
+            heads=self.heads,
+            first=self.first,
+            mask=self.mask,
+        )
 
 
 class Outcome(Value, frozen=True, kw_only=True):
@@ -25,12 +49,16 @@ class Outcome(Value, frozen=True, kw_only=True):
         needs_adapted_weights: the method was published with fine-tuned weights only.
         counted_of: visual rows that the counts of `decisions.skip` are out of; where another method's encoder
             stage leaves fewer, the counts shrink in proportion.
+        router: what was trained, for the decisions to rank by or to choose among `variants`.
+        variants: decisions among which the runtime chooses for each input, `decisions` first; empty: none.
     """
 
     decisions: Decisions
     curves: dict[str, Curve] = {}
     needs_adapted_weights: bool = False
     counted_of: int | None = None
+    router: TrainedRouter | None = None
+    variants: tuple[Decisions, ...] = ()
 
 
 def round_figure(value: float) -> float:
@@ -55,6 +83,8 @@ def merge(outcomes: Mapping[str, Outcome]) -> Outcome:
                 curves[f"{curve} ({name})"] = values
     encoder = _one("encoder", decisions, None)
     counted_of = next((each.counted_of for each in outcomes.values() if each.counted_of), None)
+    varied = next((name for name, each in outcomes.items() if each.variants), "")
+    variants = outcomes[varied].variants if varied else ()
     return Outcome(
         decisions=Decisions(
             encoder=encoder,
@@ -69,6 +99,10 @@ def merge(outcomes: Mapping[str, Outcome]) -> Outcome:
         curves=curves,
         needs_adapted_weights=any(outcome.needs_adapted_weights for outcome in outcomes.values()),
         counted_of=counted_of,
+        router=next((each.router for each in outcomes.values() if each.router), None),
+        variants=tuple(
+            merge({**outcomes, varied: Outcome(decisions=variant)}).decisions for variant in variants
+        ),
     )
 
 

@@ -77,6 +77,10 @@ class Probe:
         """The Hugging Face model; None where nothing is measured (a method with `SAMPLES` 0)."""
         return self._model
 
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Reports progress of work that a method does itself."""
+        self._progress(what, done, total)
+
     def runs(self, decisions: Decisions, what: str, *, detail: bool = False) -> Iterator[Prefill]:
         """One prefill per sample under `decisions`, in every process; `measure` resumes and shares."""
         for sample in range(len(self.inputs)):

@@ -10,7 +10,7 @@ Shapes: N visual rows, R layers that may be skipped, A actions of one sample, B 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ def train(
     rate: float,
     beta: float,
     seed: int,
-    told: Callable[[int], Any] = lambda step: None,
+    told: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
     """Trains in place with AdamW; the rate rises over a tenth of the steps and falls to zero (cosine).
 
@@ -134,3 +134,19 @@ def train(
         losses.append(total)
         told(step + 1)
     return losses
+
+
+@torch.no_grad()
+def router_inputs(model: Any, inputs: Mapping[str, Any], features: torch.Tensor) -> RouterInputs:
+    """What the router is given of a prompt.
+
+    Args:
+        model: the Hugging Face model.
+        inputs: what its processor gave: `input_ids` [1, S] with expanded image tokens.
+        features: projector outputs of its images [N, D], see `Reference.features`.
+    """
+    ids_S = inputs["input_ids"][0].to(model.device)
+    visual_S = ids_S == model.config.image_token_id
+    text, visual = (torch.nonzero(rows)[:, 0] for rows in (~visual_S, visual_S))
+    embedded_TD = model.model.language_model.embed_tokens(ids_S[text]).float()
+    return embedded_TD, features.to(model.device).float(), text, visual

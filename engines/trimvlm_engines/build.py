@@ -16,11 +16,18 @@ from trimvlm.target import Target
 from trimvlm.value import Value
 from trimvlm_engines import record, targets
 from trimvlm_engines.library import Library, open_library
-from trimvlm_engines.shapes import ShapeRange, decoder_ranges, features_range, images_range, plain
+from trimvlm_engines.shapes import (
+    ShapeRange,
+    decoder_ranges,
+    features_range,
+    images_range,
+    plain,
+    router_ranges,
+)
 
 log = logging.getLogger(__name__)
 
-Role = Literal["vision", "projector", "decoder"]
+Role = Literal["vision", "projector", "router", "decoder"]
 State = Literal["building", "built", "up to date"]
 Tell = Callable[[Role, State], None]
 
@@ -122,7 +129,7 @@ def check(bundle: Bundle, target: Target) -> None:
 
 
 def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role, Part]:
-    """What has to be built for one profile. Profiles with the same vision or projector graph share a plan."""
+    """What has to be built for one profile. Profiles that share a graph share its plan."""
     manifest = bundle.manifest
     profile = bundle.profile(name)
     schedule = Schedule.resolve(profile, manifest.model)
@@ -150,6 +157,17 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
             plan=f"{Path(entry.projector).stem}.{target.name}.engine",
             ranges={"features": features_range(rows, manifest.tower.width, target.limits)},
             sources={"graph": manifest.files[entry.projector].sha256, "weights": weights},
+        )
+    if entry.router:
+        stored = str(Path(entry.router).with_suffix(".safetensors"))
+        found["router"] = Part(
+            graph=entry.router,
+            plan=f"{Path(entry.router).stem}.{target.name}.engine",
+            ranges=router_ranges(manifest.model, target.limits),
+            sources={
+                "graph": manifest.files[entry.router].sha256,
+                "weights": {**weights, stored: manifest.files[stored].sha256},
+            },
         )
     found["decoder"] = Part(
         graph=decoder,

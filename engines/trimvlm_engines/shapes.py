@@ -9,6 +9,7 @@ m images, N visual rows of one image, T text rows, P past rows, G key/value head
 from __future__ import annotations
 
 from trimvlm.errors import UserError
+from trimvlm.profile import ModelSpec
 from trimvlm.rules import RouterScores
 from trimvlm.schedule import Schedule
 from trimvlm.schedule_checks import TENSORRT_TOPK_LIMIT
@@ -94,6 +95,18 @@ def images_range(height: int, width: int, limits: Limits) -> ShapeRange:
 def features_range(rows: int, width: int, limits: Limits) -> ShapeRange:
     """Range of the projector graph's `features` [rows, width]; `rows` of one image are typical."""
     return _rows((1, width), (rows, width), (limits.images * rows, width))
+
+
+def router_ranges(model: ModelSpec, limits: Limits) -> dict[str, ShapeRange]:
+    """Ranges of the router graph's inputs; typical is one image, as many rows as without an encoder stage."""
+    text = _rows((1,), (min(TYPICAL_TEXT, limits.text),), (limits.text,))
+    visual = _rows((0,), (model.visual_tokens,), (limits.images * model.visual_tokens,))
+    return {
+        "input_ids": text,
+        "visual": _rows(*((*shape, model.hidden) for shape in (visual.min, visual.opt, visual.max))),
+        "text_positions": text,
+        "visual_positions": visual,
+    }
 
 
 def plain(ranges: dict[str, ShapeRange]) -> dict[str, list[list[int]]]:

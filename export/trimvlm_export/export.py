@@ -29,11 +29,20 @@ from trimvlm.schedule import Schedule
 from trimvlm_export.checkpoint import model_spec, tower
 from trimvlm_export.decoder_graph import export_decoder
 from trimvlm_export.processing import image_processing, text_processing
+from trimvlm_export.router_graph import export_router, gather_choices
+from trimvlm_export.router_weights import find_weights
 from trimvlm_export.source import CHECKPOINT, Source
 from trimvlm_export.vision_graph import export_vision
 
 
-def export(checkpoint: Path | str, profile: Profile, out: Path | str, *, dtype: Dtype = "float32") -> Path:
+def export(
+    checkpoint: Path | str,
+    profile: Profile,
+    out: Path | str,
+    *,
+    dtype: Dtype = "float32",
+    beside: Path | None = None,
+) -> Path:
     """Writes a bundle, or adds a profile to the bundle of the same checkpoint and precision.
 
     Args:
@@ -41,13 +50,14 @@ def export(checkpoint: Path | str, profile: Profile, out: Path | str, *, dtype: 
         profile: must have been made for this model.
         out: the bundle's directory.
         dtype: precision of the weights and activations.
+        beside: directory of the profile's file, where a router's weights lie too.
 
     Returns:
         The bundle's directory.
 
     Raises:
-        UserError: the profile does not fit the model or its vision tower, the checkpoint is incomplete or of
-            an unknown kind, or `out` holds something else.
+        UserError: the profile does not fit the model or its vision tower, its router is missing or another
+            one, the checkpoint is incomplete or of an unknown kind, or `out` holds something else.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     spec = model_spec(checkpoint)
@@ -55,19 +65,28 @@ def export(checkpoint: Path | str, profile: Profile, out: Path | str, *, dtype: 
     geometry = tower(checkpoint)
     if stage:
         check_tower(stage, geometry, spec.visual_tokens)
+    router = find_weights(profile, beside)
     image, image_size = image_processing(checkpoint)
     text = text_processing(checkpoint)
     before = _existing(out, spec, dtype)
+    choices = gather_choices(before, profile, schedule)
     with _destination(out, new=before is None) as directory:
         source = Source.place(checkpoint, directory, dtype)
         vision, projector = export_vision(source, stage)
+        routing = export_router(source, profile, router) if router else ()
         decoders = export_decoder(source, profile.name, schedule)
         profile_file = f"{profile.name}.profile.json"
         encoded = msgspec.json.format(msgspec.json.encode(profile), indent=2)
         write_whole(directory / profile_file, encoded + b"\n")
-        graphs = [name for name in (vision, projector, *decoders.values()) if name]
+        graphs = [name for name in (vision, projector, *routing, *decoders.values()) if name]
         written = [*source.files, profile_file, *graphs]
-        entry = Entry(profile=profile_file, vision=vision, projector=projector, decoders=decoders)
+        entry = Entry(
+            profile=profile_file,
+            vision=vision,
+            projector=projector,
+            router=next(iter(routing), None),
+            decoders=decoders,
+        )
         manifest = Manifest(
             producer=f"trimvlm {trimvlm.__version__}, torch {torch.__version__}",
             model=spec,
@@ -79,6 +98,7 @@ def export(checkpoint: Path | str, profile: Profile, out: Path | str, *, dtype: 
             weights=source.weight_files,
             ignored_tensors=_ignored(source, before),
             profiles={**(before.profiles if before else {}), profile.name: entry},
+            choices=choices,
             files={**(before.files if before else {}), **_recorded(directory, written, before)},
         )
         write_manifest(directory, manifest)

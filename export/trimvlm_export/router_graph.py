@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 
-from trimvlm.bundle import write_whole
+from trimvlm.bundle import Manifest, write_whole
+from trimvlm.errors import UserError
 from trimvlm.profile import Profile
+from trimvlm.routing import Choice
+from trimvlm.schedule import Schedule
 from trimvlm_export.checkpoint import Tensor
 from trimvlm_export.passes.primitive import OPSET
 from trimvlm_export.router import PromptRouter, Router, parameter_shapes
@@ -64,6 +67,34 @@ def export_router(source: Source, profile: Profile, weights: Path) -> tuple[str,
     attach_weights(traced, found, source.out)
     save(traced, source.out / graph)
     return graph, stored
+
+
+def gather_choices(before: Manifest | None, profile: Profile, schedule: Schedule) -> dict[str, Choice]:
+    """The choices of a bundle after `profile` was added to it.
+
+    A choice has one router: a member with another one begins it anew, and the profiles that were its members
+    stay profiles.
+
+    Args:
+        before: the bundle's manifest, or None for a new bundle.
+
+    Raises:
+        UserError: a profile and a choice of the same name.
+    """
+    profiles = {profile.name, *(before.profiles if before else ())}
+    choices = {name: dict(choice.members) for name, choice in (before.choices if before else {}).items()}
+    stems = {name: choice.router for name, choice in (before.choices if before else {}).items()}
+    for members in choices.values():
+        members.pop(profile.name, None)
+    if profile.choice is not None:
+        assert profile.router is not None
+        if stems.get(profile.choice) != profile.router.stem:
+            choices[profile.choice], stems[profile.choice] = {}, profile.router.stem
+        kept = (row.layer for row in schedule.rows if row.execute != "none")
+        choices[profile.choice][profile.name] = tuple(n for n in kept if n >= profile.router.first)
+    if taken := profiles & {name for name, members in choices.items() if members}:
+        raise UserError(f"{min(taken)} cannot name both a profile and a choice in one bundle; rename one")
+    return {name: Choice(router=stems[name], members=members) for name, members in choices.items() if members}
 
 
 def load_router(profile: Profile, weights: Path) -> Router:

@@ -6,6 +6,7 @@
     vision.onnx                       vision tower + projector
     vision-tower-<taps>.onnx          tower alone, for profiles with an encoder stage
     projector.onnx                    projector alone, for all of them
+    router-<digest>.onnx              router with its .safetensors, for profiles that have it
     <profile>.decoder.fused.onnx      decoder graphs, a file of kilobytes each: weights are external data
     <profile>.decoder.primitive.onnx
     <profile>.profile.json
@@ -46,7 +47,7 @@ Vision graph (I images, S tower rows, E' width of a row that the projector reads
     keys.{l}                              [I, S, heads, C]
     features.{n}                          [I, S, E]
 
-and the projector graph: `features` [rows, E'] -> `visual` [rows, D].
+and the projector graph: `features` [rows, E'] -> `visual` [rows, D]. Router graph: see `trimvlm.routing`.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ import msgspec
 from trimvlm.encoder_rules import Tower
 from trimvlm.errors import UserError
 from trimvlm.profile import ModelSpec, Profile, to_profile
+from trimvlm.routing import Choice
 from trimvlm.value import Value
 
 FORMAT = 1
@@ -129,8 +131,8 @@ class Engine(Value, frozen=True, kw_only=True):
     Attributes:
         target: the Target's name.
         backend: the library that runs it and the exact version that built it.
-        graphs: role (`vision`, `projector`, `decoder`) to the file that the backend loads: a plan, or for
-            ONNX Runtime the graph itself.
+        graphs: role (`vision`, `projector`, `router`, `decoder`) to the file that the backend loads: a plan,
+            or for ONNX Runtime the graph itself.
         profile_digest: `Profile.digest` at build time.
         options: builder options and shape ranges, for people and for staleness checks.
         measured: bytes and seconds of the build.
@@ -146,11 +148,13 @@ class Engine(Value, frozen=True, kw_only=True):
 
 
 class Entry(Value, frozen=True, kw_only=True):
-    """One profile of the bundle: its files. `projector` is there where the profile has an encoder stage."""
+    """One profile of the bundle: its files. `projector` is there where the profile has an encoder stage, and
+    `router` where it has one."""
 
     profile: str
     vision: str
     projector: str | None = None
+    router: str | None = None
     decoders: dict[Lowering, str]
     goldens: str | None = None
     engines: dict[str, Engine] = {}
@@ -173,6 +177,7 @@ class Manifest(Value, frozen=True, kw_only=True):
     weights: tuple[str, ...]
     ignored_tensors: dict[str, str]
     profiles: dict[str, Entry]
+    choices: dict[str, Choice] = {}
     files: dict[str, File]
 
 
@@ -220,8 +225,18 @@ class Bundle:
             profile = names[0]
         if profile not in self.manifest.profiles:
             said = "say which profile" if profile is None else f"no profile {profile!r}"
-            raise UserError(f"{self.directory}: {said}; it holds {', '.join(names)}")
+            choices = "".join(f", and {name} chooses per input" for name in sorted(self.manifest.choices))
+            raise UserError(f"{self.directory}: {said}; it holds {', '.join(names)}{choices}")
         return profile, self.manifest.profiles[profile]
+
+    def members(self, name: str | None = None) -> list[str]:
+        """Profiles behind a name: those of a choice, or the profile itself.
+
+        Raises:
+            UserError: as `entry`.
+        """
+        choice = self.manifest.choices.get(name or "")
+        return list(choice.members) if choice else [self.entry(name)[0]]
 
     def profile(self, name: str | None = None) -> Profile:
         """The Profile itself."""

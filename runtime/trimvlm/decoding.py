@@ -71,12 +71,13 @@ def generate_ids(
     *,
     eos_ids: Collection[int],
     max_new_tokens: int,
+    router_scores: NDArray[np.float32] | None = None,
 ) -> Iterator[int]:
     """Yields the answer's token ids, without the end-of-sequence token.
 
     The decoder runs once per token that is needed: not after the last one.
     """
-    outputs = decoder(prefill_inputs(prompt, visual_ND))
+    outputs = decoder(prefill_inputs(prompt, visual_ND, router_scores=router_scores))
     for count in range(1, max_new_tokens + 1):
         token = sampler(outputs["logits"][0])
         if token in eos_ids:
@@ -87,11 +88,13 @@ def generate_ids(
 
 
 class Outputs(dict[str, NDArray[Any]]):
-    """All outputs of one decoder run by name, and the position of the token that comes next."""
+    """All outputs of one decoder run by name, the position of the token that comes next, and the profile that
+    they are of."""
 
-    def __init__(self, arrays: Mapping[str, NDArray[Any]], next_position: int) -> None:
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], next_position: int, profile: str) -> None:
         super().__init__(arrays)
         self.next_position = next_position
+        self.profile = profile
 
 
 @dataclass

@@ -117,6 +117,43 @@ def make_route(backend: Backend) -> Route:
     return route
 
 
+@dataclass(frozen=True, kw_only=True)
+class Picked:
+    """What decodes one prompt: a profile, and token scores float32 [N] where its decoder takes them."""
+
+    profile: str
+    router_scores: NDArray[np.float32] | None = None
+
+
+Pick: TypeAlias = "Callable[[Prompt, NDArray[np.floating], Timings], Picked]"
+
+
+def make_pick(backends: Mapping[str, Backend], choice: Choice | None, layers: int) -> Pick:
+    """Resolves the profiles that a session may run into a function.
+
+    Args:
+        backends: by profile, with its decoder; the first has the router graph, if there is one. They are open
+            when the function is called.
+        choice: its members are the profiles; None: there is one profile.
+        layers: decoder layers of the model.
+
+    Returns:
+        `pick(prompt, visual_ND, timings)`; runs the router only where something depends on it.
+    """
+    first = next(iter(backends))
+    route = make_route(backends[first])
+
+    def pick(prompt: Prompt, visual_ND: NDArray[np.floating], timings: Timings) -> Picked:
+        ranks = {profile: "router_scores" in each.inputs("decoder") for profile, each in backends.items()}
+        if choice is None and not ranks[first]:
+            return Picked(profile=first)
+        scores = route(prompt, visual_ND, timings)
+        profile = choose(scores.layers, choice.members, layers) if choice else first
+        return Picked(profile=profile, router_scores=scores.tokens if ranks[profile] else None)
+
+    return pick
+
+
 def choose(layer_scores_R: NDArray[np.float32], members: Mapping[str, tuple[int, ...]], layers: int) -> str:
     """The member that the router holds most likely: the highest sum of scores over the layers it executes.
 

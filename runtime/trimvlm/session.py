@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -11,46 +12,51 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimvlm.backends import Backend, load_backend
-from trimvlm.bundle import Bundle, Engine, Entry
+from trimvlm.backends import Backend
+from trimvlm.bundle import Bundle
 from trimvlm.decoding import Decoder, Outputs, generate_ids, prefill_inputs, step_inputs
 from trimvlm.detokenization import stream_text
 from trimvlm.encoder import make_encoder
 from trimvlm.errors import UserError
 from trimvlm.images import ImageSource, make_preprocessor
+from trimvlm.opening import ORT_CPU, open_backends
+from trimvlm.routing import make_pick
 from trimvlm.sampling import make_sampler
 from trimvlm.text import Prompt, Turn, load_tokenizer, make_prompter
 from trimvlm.timings import Timings
 from trimvlm.vision import VisualRows, make_vision
 
-ORT_CPU = "ort-cpu"
-
 
 class Session:
-    """One profile of a bundle, running on one target. Device memory is held only inside `with`.
+    """One profile of a bundle, or a choice of several, running on one target. Device memory is held only
+    inside `with`.
 
     Attributes:
         bundle: the bundle.
-        profile: name of the profile.
+        profile: name of the profile or choice.
+        member: the profile that the latest prompt ran on.
         target: name of the target.
         timings: of the latest `generate`.
     """
 
-    def __init__(self, bundle: Bundle, profile: str, target: str, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, profile: str, target: str, backends: Mapping[str, Backend]) -> None:
         manifest = bundle.manifest
+        self.member, self._backend = next(iter(backends.items()))
         self.bundle = bundle
         self.profile = profile
         self.target = target
         self.timings = Timings()
-        self._backend = backend
+        self._backends = backends
+        self._held = ExitStack()
         self._open = False
         self._tokenizer = load_tokenizer(bundle.path(manifest.text.tokenizer))
-        tokens, stage = manifest.model.visual_tokens, bundle.profile(profile).decisions.encoder
+        tokens, stage = manifest.model.visual_tokens, bundle.profile(self.member).decisions.encoder
         self._prompter = make_prompter(self._tokenizer, manifest.text, stage.keep if stage else tokens)
         self._preprocess = make_preprocessor(manifest.image)
         self._see = make_vision(
-            backend, manifest.model.hidden, make_encoder(stage, tokens) if stage else None
+            self._backend, manifest.model.hidden, make_encoder(stage, tokens) if stage else None
         )
+        self._pick = make_pick(backends, manifest.choices.get(profile), manifest.model.layers)
 
     @classmethod
     def open(
@@ -60,7 +66,9 @@ class Session:
 
         Args:
             bundle: the bundle or its directory.
-            profile: which of its profiles; None where it holds one.
+            profile: which of its profiles or choices; None where it holds one profile. Of a choice, every
+                member's decoder is loaded; on ONNX Runtime with `low_memory` unless said otherwise, so that
+                they share the mapped weights.
             target: what to run on. `ort-cpu` runs the graphs themselves, others need `trimvlm build` first.
             options: of the backend, see its `open_backend`; for ONNX Runtime `threads` and `low_memory`.
 
@@ -69,13 +77,15 @@ class Session:
                 that is not installed.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-        name, entry = bundle.entry(profile)
-        backend, graphs = _engine(bundle, name, entry, target)
-        files = {role: bundle.path(file) for role, file in graphs.items()}
-        return cls(bundle, name, target, load_backend(backend, files, options))
+        backends = open_backends(bundle, profile, target, options)
+        name = profile if profile in bundle.manifest.choices else next(iter(backends))
+        return cls(bundle, name, target, backends)
 
     def __enter__(self) -> Session:
-        self._backend.__enter__()
+        with ExitStack() as held:
+            for backend in self._backends.values():
+                held.enter_context(backend)
+            self._held = held.pop_all()
         self._open = True
         return self
 
@@ -83,7 +93,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open = False
-        self._backend.__exit__(kind, error, trace)
+        self._held.__exit__(kind, error, trace)
 
     def generate(
         self,
@@ -123,33 +133,21 @@ class Session:
         pixels = [self.preprocess(image) for image in images]
         timings.preprocess = perf_counter() - start
 
-        def decoder(inputs: dict[str, Any]) -> dict[str, Any]:
-            self._check_open()
-            start = perf_counter()
-            outputs = graph(inputs)
-            seconds = perf_counter() - start
-            if timings.prefill is None:
-                timings.prefill = seconds
-            else:
-                timings.decode += seconds
-                timings.decode_tokens += 1
-            return outputs
-
         def run() -> Iterator[str]:
             self._check_open()
             visual = self._see(pixels, timings)
+            picked = self._pick(rows, visual.rows, timings)
             ids = generate_ids(
-                decoder,
+                self._timed(picked.profile, timings),
                 rows,
                 visual.rows,
                 sampler,
+                router_scores=picked.router_scores,
                 eos_ids=self.bundle.manifest.text.eos_ids,
                 max_new_tokens=max_new_tokens,
             )
             yield from stream_text(self._tokenizer, ids)
 
-        names = self._backend.outputs("decoder")
-        graph = Decoder(self._backend, ["logits"], [name for name in names if name.startswith("present_")])
         return run()
 
     def prompt(
@@ -196,16 +194,22 @@ class Session:
             visual_ND: visual rows, from `vision`.
             forced: for each selection the rows of `visual_ND` to keep; empty: the graph selects.
             forced_skip: for each skip stage the rows of `visual_ND` in skip mode; empty: the graph chooses.
-            router_scores: [N], for a graph that has this input.
+            router_scores: [N], for a graph that has this input; None: the bundle's router gives them.
         """
+        self._check_open()
+        if router_scores is None or len(self._backends) > 1:
+            picked = self._pick(prompt, visual_ND, Timings())
+            self.member = picked.profile
+            router_scores = picked.router_scores if router_scores is None else router_scores
         inputs = prefill_inputs(
             prompt, visual_ND, forced, forced_skip=forced_skip, router_scores=router_scores
         )
-        return self._run(inputs, prompt.length)
+        return self._run(self.member, inputs, prompt.length)
 
     def step(self, token: int, before: Outputs) -> Outputs:
         """One decode step with a given token after the run `before`, with every output as an array."""
-        return self._run(step_inputs(token, before.next_position, before), before.next_position + 1)
+        inputs = step_inputs(token, before.next_position, before)
+        return self._run(before.profile, inputs, before.next_position + 1)
 
     def _pixels(self, image: ImageSource | NDArray[np.float32]) -> NDArray[np.float32]:
         if not isinstance(image, np.ndarray):
@@ -218,31 +222,32 @@ class Session:
             )
         return image
 
-    def _run(self, inputs: dict[str, Any], next_position: int) -> Outputs:
+    def _run(self, profile: str, inputs: dict[str, Any], next_position: int) -> Outputs:
         self._check_open()
-        decoder = Decoder(self._backend, list(self._backend.outputs("decoder")))
-        return Outputs(decoder(inputs), next_position)
+        backend = self._backends[profile]
+        decoder = Decoder(backend, list(backend.outputs("decoder")))
+        return Outputs(decoder(inputs), next_position, profile)
+
+    def _timed(self, profile: str, timings: Timings) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """A profile's decoder that notes its seconds and keeps its caches where they are."""
+        self.member, backend = profile, self._backends[profile]
+        names = [name for name in backend.outputs("decoder") if name.startswith("present_")]
+        graph = Decoder(backend, ["logits"], names)
+
+        def decoder(inputs: dict[str, Any]) -> dict[str, Any]:
+            self._check_open()
+            start = perf_counter()
+            outputs = graph(inputs)
+            seconds = perf_counter() - start
+            if timings.prefill is None:
+                timings.prefill = seconds
+            else:
+                timings.decode += seconds
+                timings.decode_tokens += 1
+            return outputs
+
+        return decoder
 
     def _check_open(self) -> None:
         if not self._open:
             raise UserError("the session is closed; use it inside `with Session.open(...) as session:`")
-
-
-def _engine(bundle: Bundle, name: str, entry: Entry, target: str) -> tuple[str, dict[str, str]]:
-    """Backend and files by role that run a profile on a target."""
-    engine: Engine | None = entry.engines.get(target)
-    if engine is None and target == ORT_CPU:
-        projector = {"projector": entry.projector} if entry.projector else {}
-        return "onnxruntime", {"vision": entry.vision, **projector, "decoder": entry.decoders["fused"]}
-    if engine is None:
-        built = ", ".join(sorted({ORT_CPU, *entry.engines}))
-        raise UserError(
-            f"{bundle.directory}: profile {name} has no engine for target {target!r}, only for {built}; "
-            f"make one with trimvlm build {bundle.directory} --target {target}"
-        )
-    if engine.profile_digest != bundle.profile(name).digest:
-        raise UserError(
-            f"{bundle.directory}: the engine for {target} was built from another version of profile {name}; "
-            f"build it again with trimvlm build {bundle.directory} --target {target}"
-        )
-    return engine.backend, engine.graphs

@@ -12,7 +12,8 @@ class Timings:
     Attributes:
         preprocess: text and images to arrays.
         vision: vision graphs (tower and projector), all images.
-        select: encoder stage, all images; None where the profile has none (decoder graphs select inside).
+        select: encoder stage, all images, and router; None where the profile has neither (decoder graphs
+            select inside).
         prefill: decoder over the prompt; the four together are the time to the first token.
         decode: all runs of the decoder after prefill, and `decode_tokens` how many there were.
     """

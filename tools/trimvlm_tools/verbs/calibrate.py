@@ -9,6 +9,7 @@ A run that was killed goes on where it stopped: start it again. Several processe
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from trimvlm_tools.console import emit, say, stages
 
 if TYPE_CHECKING:
     from trimvlm.profile import Profile
+    from trimvlm_calib.distributed import Team
 
 DEMO = "demo"
 DEMO_SAMPLES = 100  # as many are there to draw from
@@ -52,12 +54,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Calibrates, writes the profile and draws its curves."""
     from trimvlm.profile import check_name
-    from trimvlm_calib.calibrate import calibrate
+    from trimvlm_calib.calibrate import calibrate_all
+    from trimvlm_calib.calibrated import save_calibrated
     from trimvlm_calib.curves import check_drawing
     from trimvlm_calib.distributed import join
-    from trimvlm_calib.files import save_profile
     from trimvlm_calib.partial import discard
-    from trimvlm_calib.samples import load_samples
+    from trimvlm_calib.samples import load_samples, set_name
     from trimvlm_tools.demo_data import demo_samples
 
     check_name(args.out.stem)  # before the work, not after it
@@ -67,33 +69,39 @@ def run(args: argparse.Namespace) -> int:
         check_drawing(args.curves)
     parameters = _parameters(args.set)
     pool = max(args.samples or 0, DEMO_SAMPLES) * (10 if args.task else 1)  # the demo has ten kinds
-    with join() as team, demo_samples(args.data, "calib", pool) as data, stages() as tell:
-        profile = calibrate(
+    with join() as team, demo_samples(args.data, "calib", pool) as data, _progress(team) as tell:
+        made = calibrate_all(
             args.model,
             args.method,
             load_samples(data),
             parameters,
-            data_name=args.data if args.data == DEMO else data.resolve().name,
+            data_name=args.data if args.data == DEMO else set_name(data),
             count=args.samples,
             seed=args.seed,
             task=args.task,
             name=args.out.stem,
-            progress=tell if team.rank == 0 else None,
+            progress=tell,
             output=args.out,
             team=team,
         )
     if team.rank:
         return 0
-    save_profile(profile, args.out)
+    files = save_calibrated(made, args.out)
     discard(args.out)
-    drawn = _draw(profile, args)
+    drawn = _draw(made.profiles[0], args)
     if args.json:
-        emit(profile)
+        emit(made.profiles[0] if len(files) == 1 else made.profiles)
     else:
-        print(f"{args.out}: profile {profile.name}; trimvlm inspect {args.out} shows what it does")
+        for profile, file in zip(made.profiles, files, strict=True):
+            print(f"{file}: profile {profile.name}; trimvlm inspect {file} shows what it does")
         if drawn:
             print(f"{drawn}: its curves")
     return 0
+
+
+def _progress(team: Team) -> contextlib.AbstractContextManager[Any]:
+    """What the first of several processes shows stands for all: each has as many samples."""
+    return stages() if team.rank == 0 else contextlib.nullcontext()
 
 
 def _parameters(settings: Sequence[str]) -> dict[str, Any]:

@@ -40,13 +40,14 @@ def run(args: argparse.Namespace) -> int:
         Schedule.resolve(profile, spec)
         if profile.name in {other.name for other in profiles[:number]}:
             raise UserError(f"--profile: two profiles are named {profile.name}; rename one")
+    beside = [Path(each).parent for each in args.profile] or [None]
 
     from trimvlm.bundle import Bundle
     from trimvlm_export.export import export
 
     with console.progress("export", len(profiles)) as step:
-        for profile in profiles:
-            export(args.model, profile, args.out, dtype=args.dtype)
+        for profile, directory in zip(profiles, beside, strict=True):
+            export(args.model, profile, args.out, dtype=args.dtype, beside=directory)
             step(profile.name)
     manifest = Bundle(args.out).manifest
     size = sum(file.bytes for file in manifest.files.values())

@@ -1,0 +1,63 @@
+"""From a name in a bundle and a target to the backends that run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimvlm.backends import Backend, load_backend
+from trimvlm.bundle import Bundle, Engine
+from trimvlm.errors import UserError
+
+ORT_CPU = "ort-cpu"
+
+
+def open_backends(
+    bundle: Bundle, name: str | None, target: str, options: Mapping[str, Any]
+) -> dict[str, Backend]:
+    """Backends by profile: of the profile `name`, or of each member of the choice `name`.
+
+    The first runs what comes before the decoder too, the others their decoders alone. Decoders of a choice
+    leave their weights in the mapped files on ONNX Runtime unless `options` says otherwise: there they share
+    them. Engines of other targets have a copy each.
+
+    Raises:
+        UserError: no profile or engine of that name, members that differ in their encoder stage, an engine of
+            an older profile, or a backend that is not installed.
+    """
+    members = bundle.members(name)
+    if len({bundle.profile(member).decisions.encoder for member in members}) > 1:
+        raise UserError(
+            f"{bundle.directory}: the members of {name} differ in their encoder stage; export members of one "
+            "calibration"
+        )
+    found: dict[str, Backend] = {}
+    for member in members:
+        library, graphs = _graphs(bundle, member, target)
+        roles = ["decoder"] if found else list(graphs)
+        shared = {"low_memory": True} if len(members) > 1 and library == "onnxruntime" else {}
+        files = {role: bundle.path(graphs[role]) for role in roles}
+        found[member] = load_backend(library, files, {**shared, **options})
+    return found
+
+
+def _graphs(bundle: Bundle, name: str, target: str) -> tuple[str, dict[str, str]]:
+    """Backend and files by role that run a profile on a target."""
+    entry = bundle.manifest.profiles[name]
+    engine: Engine | None = entry.engines.get(target)
+    if engine is None and target == ORT_CPU:
+        some = {"projector": entry.projector, "router": entry.router}
+        others = {role: file for role, file in some.items() if file}
+        return "onnxruntime", {"vision": entry.vision, **others, "decoder": entry.decoders["fused"]}
+    if engine is None:
+        built = ", ".join(sorted({ORT_CPU, *entry.engines}))
+        raise UserError(
+            f"{bundle.directory}: profile {name} has no engine for target {target!r}, only for {built}; "
+            f"make one with trimvlm build {bundle.directory} --target {target}"
+        )
+    if engine.profile_digest != bundle.profile(name).digest:
+        raise UserError(
+            f"{bundle.directory}: the engine for {target} was built from another version of profile {name}; "
+            f"build it again with trimvlm build {bundle.directory} --target {target}"
+        )
+    return engine.backend, engine.graphs
