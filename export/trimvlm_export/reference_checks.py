@@ -36,7 +36,7 @@ def check_router(schedule: Schedule, router_scores: np.ndarray | None, visual: i
     """
     wanted = any(isinstance(row.select.by, RouterScores) for row in schedule.stages if row.select)
     found = None if router_scores is None else np.shape(router_scores)
-    if wanted and found != (visual,):
+    if wanted and visual and found != (visual,):
         raise UserError(
             f"router_scores: {'missing' if found is None else f'shape {found}'}; the schedule selects by "
             f"router, give one score for each of the {visual} visual rows"

@@ -155,6 +155,8 @@ class PromptRun:
         """Score of each live visual row in a selection at the input of `row`, float32."""
         assert row.select
         rule, rows, keys = row.select.by, self.rows, self._live_keys()
+        if not len(keys):
+            return np.empty(0, np.float32)
         numbers = np.flatnonzero(self._live[rows.visual])
         if isinstance(rule, RandomOrder):
             return reference_scores.random_order(rule.seed, self.schedule.visual_tokens, rows.images)[numbers]

@@ -14,7 +14,14 @@ from transformers import LlavaForConditionalGeneration
 from trimvlm.encoder_rules import EncoderStage
 from trimvlm.errors import UserError
 from trimvlm.profile import Decisions, LayerRule, Select, SkipMode, SkipStage
-from trimvlm.rules import LastRowAttention, RandomOrder, RouterScores
+from trimvlm.rules import (
+    CrossAndSelfAttention,
+    LastRowAttention,
+    RandomOrder,
+    RouterScores,
+    TextAttention,
+    ValueInfluence,
+)
 from trimvlm.schedule import resolve
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.reference import Reference
@@ -140,9 +147,24 @@ def test_an_encoder_stage_and_the_schedule_must_agree(case):
 
 @pytest.mark.parametrize(
     "decisions",
-    [SKIP, Decisions(select=(Select(layer=1, keep=3, by=LastRowAttention(attention="own")),), exit=3)],
-    ids=["skip", "select"],
+    [
+        SKIP,
+        *(
+            Decisions(select=(Select(layer=1, keep=3, by=rule),), exit=3)
+            for rule in (
+                LastRowAttention(attention="own"),
+                LastRowAttention(attention="previous"),
+                TextAttention(),
+                ValueInfluence(threshold=0.1),
+                CrossAndSelfAttention(),
+                RandomOrder(),
+                RouterScores(),
+            )
+        ),
+    ],
 )
 def test_a_prompt_without_images_is_dense(case, decisions):
     pruned, dense = (prefill(case, each, images=0) for each in (decisions, Decisions()))
     np.testing.assert_array_equal(pruned.logits, dense.logits)
+    assert all(visible.all() for visible in pruned.visible.values())
+    assert all(not len(rows) for rows in (*pruned.selected, *pruned.skipped))
