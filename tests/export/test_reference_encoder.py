@@ -32,14 +32,16 @@ from trimvlm.encoder_rules import (
     taps,
 )
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, Method, Profile
+from trimvlm.profile import Decisions, LayerRule, Method, Profile
 from trimvlm.rules import RandomOrder
+from trimvlm.schedule import Schedule
 from trimvlm.session import Session
 from trimvlm.timings import Timings
 from trimvlm.vision import make_vision
 from trimvlm_export.checkpoint import model_spec, tower
 from trimvlm_export.export import export
 from trimvlm_export.families import llava
+from trimvlm_export.reference import Reference
 from trimvlm_export.reference_encoder import reduced_features
 from trimvlm_export.source import Source
 from trimvlm_export.vision_graph import export_projector, export_tower
@@ -68,19 +70,23 @@ def union() -> VisionTaps:
     )
 
 
-def profile_of(checkpoint: Path, name: str, stage: EncoderStage | None) -> Profile:
+# What the decoder does on top: a layer that visual rows do not query in, and one without them.
+DECODER = {"msv-prune": {"exit": 1, "layers": (LayerRule(layers=(0,), query="none"),)}}
+
+
+def profile_of(checkpoint: Path, name: str, stage: EncoderStage) -> Profile:
     return Profile(
         name=name,
         method=Method(name=name),
         model=model_spec(checkpoint),
-        decisions=Decisions(encoder=stage),
+        decisions=Decisions(encoder=stage, **DECODER.get(name, {})),
     )
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("encoder") / "model"
-    return tiny_llava(path, layers=1, vision_layers=DEPTH, image_size=48)
+    return tiny_llava(path, layers=2, vision_layers=DEPTH, image_size=48)
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +171,16 @@ def test_reference_leaves_the_model_as_it_was(checkpoint: Path) -> None:
 def test_session_equals_reference(bundle: Bundle, checkpoint: Path, model: Any, name: str) -> None:
     pixels = tiny_inputs(checkpoint, images=2, seed=5)["pixel_values"]
     expected, patches = reduced_features(model, pixels, STAGES[name])
-    with Session.open(bundle, name) as session:
+    schedule = Schedule.resolve(bundle.profile(name), bundle.manifest.model)
+    with Reference(model, schedule, STAGES[name]) as reference, Session.open(bundle, name) as session:
         arrays = [image.numpy() for image in pixels]
         found = session.visual(arrays)
         np.testing.assert_array_equal(session.vision(arrays), found.rows)
+        outputs = session.prefill(session.prompt("what is the color of w3 ?", 2), found.rows)
+        wanted = reference.prefill(tiny_inputs(checkpoint, images=2, seed=5))
+        np.testing.assert_allclose(outputs["logits"][0], wanted.logits, atol=1e-4)
+        outputs = session.step(7, outputs)
+        np.testing.assert_allclose(outputs["logits"][0], reference.step(7), atol=1e-4)
     np.testing.assert_allclose(found.rows, expected, atol=1e-4)
     assert [chosen.tolist() for chosen in found.chosen] == [chosen.tolist() for chosen in patches]
 
