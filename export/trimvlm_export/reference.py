@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DynamicCache, LlavaForConditionalGeneration
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimvlm.encoder_rules import EncoderStage
 from trimvlm.errors import UserError
@@ -41,10 +40,7 @@ from trimvlm_export.reference_checks import check_model, check_resume, check_rou
 from trimvlm_export.reference_hooks import install
 from trimvlm_export.reference_prompt import Forced, PromptRun
 from trimvlm_export.reference_record import Prefill
-from trimvlm_export.reference_rows import PromptRows, attention, cut_images
-
-ATTENTION = "trimvlm_reference"
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+from trimvlm_export.reference_rows import ATTENTION, PromptRows, cut_images
 
 
 class Reference:
@@ -99,7 +95,6 @@ class Reference:
         self._run = None
         self._decoder.config._attn_implementation = self._attention_before
 
-    @torch.no_grad()
     def features(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Rows [M*N, D] of the images of `inputs` that enter the decoder, image after image."""
         return self.encode(inputs)[0]
@@ -151,9 +146,8 @@ class Reference:
         """
         assert self._hooks, "use the reference inside `with`"
         ids = inputs["input_ids"].to(self.model.device)
-        image_token, tokens = self.model.config.image_token_id, self.schedule.model.visual_tokens
-        if self.encoder is None:
-            tokens = self.schedule.visual_tokens
+        image_token = self.model.config.image_token_id
+        tokens = self.schedule.model.visual_tokens if self.encoder else self.schedule.visual_tokens
         rows = PromptRows.of(ids, inputs.get("attention_mask"), image_token, tokens)
         if self.encoder is not None:
             ids = cut_images(ids, image_token, tokens, self.encoder.keep)

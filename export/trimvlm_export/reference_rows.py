@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimvlm.errors import UserError
 from trimvlm.schedule import Row
@@ -119,6 +120,10 @@ def attention(  # noqa: PLR0917 - transformers' signature
         if sink is not None:
             weights = weights + lost * sink
     return (weights @ value).to(query.dtype).transpose(1, 2), weights
+
+
+ATTENTION = "trimvlm_reference"
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:

@@ -7,20 +7,25 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
+import torch
 from tiny_models import noise_image, tiny_llava
 
 from trimvlm.bundle import Bundle
 from trimvlm.encoder_rules import EncoderStage, VisPruner
 from trimvlm.errors import UserError
 from trimvlm.parity import Metric, ParityReport, Rung
-from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select, SkipMode, SkipStage
-from trimvlm.rules import LastRowAttention, ValueInfluence
+from trimvlm.profile import Decisions, LayerRule, Method, ModelSpec, Profile, Select, SkipMode, SkipStage
+from trimvlm.routing import RouterSpec
+from trimvlm.rules import LastRowAttention, RouterScores, ValueInfluence
 from trimvlm_calib.samples import load_samples
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.export import export
+from trimvlm_export.router import Router, draw_parameters
+from trimvlm_export.router_weights import digest, encode
 from trimvlm_tools.cli import main
 from trimvlm_tools.parity.answer import Answer
 from trimvlm_tools.parity.check import check
@@ -168,7 +173,7 @@ OWN = LastRowAttention(attention="own")
 PROFILES = {
     "patches": Decisions(
         encoder=EncoderStage(keep=9, by=VisPruner(attention=1, features=2)),
-        select=(Select(layer=1, keep=4, by=OWN),),
+        select=(Select(layer=1, keep=6, by=OWN), Select(layer=2, keep=4, by=RouterScores())),
     ),
     "rows": Decisions(
         select=(Select(layer=1, keep=12, by=ValueInfluence(threshold=0.15)),),
@@ -178,16 +183,33 @@ PROFILES = {
 }
 
 
+def random_router(folder: Path, model: ModelSpec) -> RouterSpec:
+    """A router whose heads are not zero, on disk."""
+    spec = RouterSpec(weights="router.safetensors", sha256="", width=32, heads=2, first=2)
+    router = Router(spec, model.hidden, model.layers)
+    draw_parameters(router, seed=1)
+    torch.nn.init.normal_(router.token_head.weight)
+    weights = {name: parameter.detach().numpy() for name, parameter in router.named_parameters()}
+    (folder / spec.weights).write_bytes(encode(weights))
+    return msgspec.structs.replace(spec, sha256=digest(weights))
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A bundle with profiles that choose in every way, and a folder of samples."""
     root = tmp_path_factory.mktemp("parity")
     checkpoint = tiny_llava(root / "model")
+    spec = model_spec(checkpoint)
+    router = random_router(root, spec)
     for name, decisions in PROFILES.items():
         profile = Profile(
-            name=name, method=Method(name="by hand"), model=model_spec(checkpoint), decisions=decisions
+            name=name,
+            method=Method(name="by hand"),
+            model=spec,
+            decisions=decisions,
+            router=router if name == "patches" else None,
         )
-        export(checkpoint, profile, root / "bundle")
+        export(checkpoint, profile, root / "bundle", beside=root)
     data = root / "data"
     data.mkdir()
     lines = []
@@ -227,7 +249,7 @@ def test_goldens_of_another_choice_fail(tiny: tuple[Path, Path], tmp_path: Path)
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     for profile, kind in (
         ("patches", "patches.0"),
-        ("patches", "selected.0"),
+        ("patches", "selected.1"),
         ("rows", "present_visible.0"),
         ("rows", "skipped.1"),
     ):

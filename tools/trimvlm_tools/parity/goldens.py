@@ -15,9 +15,10 @@ import numpy as np
 
 from trimvlm.bundle import Bundle, Entry, record, write_manifest, write_whole
 from trimvlm.errors import UserError
+from trimvlm.opening import ORT_CPU
 from trimvlm.parity import Metric, ParityReport, Rung
 from trimvlm.schedule import Schedule
-from trimvlm.session import ORT_CPU, Session
+from trimvlm.session import Session
 from trimvlm.value import Value
 from trimvlm_calib.samples import Sample
 from trimvlm_tools.parity.answer import Answer
