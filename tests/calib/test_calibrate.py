@@ -15,7 +15,8 @@ from tiny_models import noise_image, tiny_llava
 
 from trimvlm.errors import UserError
 from trimvlm.schedule import Schedule
-from trimvlm_calib.calibrate import calibrate
+from trimvlm_calib.calibrate import calibrate, calibrate_all
+from trimvlm_calib.calibrated import save_calibrated
 from trimvlm_calib.files import load_profile, save_profile
 from trimvlm_calib.methods import discover
 from trimvlm_calib.partial import discard
@@ -46,11 +47,11 @@ def samples(tmp_path_factory):
 
 @pytest.mark.parametrize("method", [*discover(), "fastv+v-skip"])
 def test_every_method_gives_a_profile_that_fits(tmp_path, checkpoint, samples, method):
-    profile = calibrate(
+    made = calibrate_all(
         checkpoint, method, samples, PARAMETERS.get(method), data_name="noise", count=2, seed=1
     )
-    spec = model_spec(checkpoint)
-    assert profile.name == profile.method.name == method
+    spec, profile = model_spec(checkpoint), made.profiles[0]
+    assert profile.method.name == method
     assert profile.model == spec
     schedule = Schedule.resolve(profile, spec)
     assert (schedule.mean_visual_tokens == 16) == (method in ALL_TOKENS)
@@ -58,11 +59,12 @@ def test_every_method_gives_a_profile_that_fits(tmp_path, checkpoint, samples, m
     if method in UNMEASURED:
         assert profile.calibration is None
     else:
-        made = profile.calibration
-        assert (made.data, made.samples, made.seed) == ("noise", 2, 1)
-        assert {len(curve) for curve in made.curves.values()} == {8}
-    save_profile(profile, tmp_path / "p.yaml")
-    assert load_profile(tmp_path / "p.yaml") == profile
+        measured = profile.calibration
+        assert (measured.data, measured.samples, measured.seed) == ("noise", 2, 1)
+        assert {len(curve) for curve in measured.curves.values()} == {8}
+    files = save_calibrated(made, tmp_path / f"{method}.yaml")
+    assert [load_profile(file) for file in files] == list(made.profiles)
+    assert [file.stem for file in files] == [profile.name for profile in made.profiles]
 
 
 def test_parameters_are_recorded_with_their_defaults(checkpoint, samples):

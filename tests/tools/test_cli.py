@@ -247,7 +247,7 @@ def test_progress_without_a_terminal_is_plain_lines(
             step(note)
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.splitlines() == ["work: 1 of 3 one", "work: done in 18 s"]
+    assert printed.err.splitlines() == ["work: 1 of 3, 12 s left one", "work: done in 18 s"]
 
 
 def test_progress_of_short_work_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
