@@ -9,12 +9,14 @@ from msgspec import structs
 
 from trimvlm.encoder_rules import EncoderStage
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, SkipMode, SkipStage
-from trimvlm.routing import RouterSpec
+from trimvlm.profile import Decisions, LayerRule, SkipMode, SkipStage
+from trimvlm.router_spec import RouterSpec
 from trimvlm.value import Value
 
 Curve = tuple[float | None, ...]
 T = TypeVar("T")
+
+VISUAL_FIELDS = ("query", "text_keys", "visual_keys", "ffn", "cache")  # of a LayerRule, about visual rows
 
 
 class TrainedRouter(Value, frozen=True, kw_only=True):
@@ -69,7 +71,8 @@ def round_figure(value: float) -> float:
 def merge(outcomes: Mapping[str, Outcome]) -> Outcome:
     """Field-wise union of outcomes, keyed by method name.
 
-    Whether the union can be is the Schedule's question; here only one value per field is asked for.
+    Whether the union can be is the Schedule's question; here only one value per field is asked for. What one
+    method decides for visual rows in layers where another leaves none has nothing to act on, and is left out.
 
     Raises:
         UserError: two methods decide the same field differently.
@@ -81,18 +84,19 @@ def merge(outcomes: Mapping[str, Outcome]) -> Outcome:
             known = curves.setdefault(curve, values)
             if known != values:
                 curves[f"{curve} ({name})"] = values
-    encoder = _one("encoder", decisions, None)
+    encoder, inject = _one("encoder", decisions, None), _one("inject", decisions, 0)
+    exit_ = _one("exit", decisions, None)
     counted_of = next((each.counted_of for each in outcomes.values() if each.counted_of), None)
     varied = next((name for name, each in outcomes.items() if each.variants), "")
     variants = outcomes[varied].variants if varied else ()
     return Outcome(
         decisions=Decisions(
             encoder=encoder,
-            inject=_one("inject", decisions, 0),
-            exit=_one("exit", decisions, None),
+            inject=inject,
+            exit=exit_,
             select=tuple(select for each in decisions.values() for select in each.select),
             skip=_scaled(_one("skip", decisions, None), encoder, counted_of),
-            layers=tuple(rule for each in decisions.values() for rule in each.layers),
+            layers=_layers(decisions, inject, exit_),
             positions=_one("positions", decisions, "persistent"),
             mask=_one("mask", decisions, "additive"),
         ),
@@ -104,6 +108,21 @@ def merge(outcomes: Mapping[str, Outcome]) -> Outcome:
             merge({**outcomes, varied: Outcome(decisions=variant)}).decisions for variant in variants
         ),
     )
+
+
+def _layers(decisions: Mapping[str, Decisions], inject: int, exit_: int | None) -> tuple[LayerRule, ...]:
+    """All rules; those about visual rows for layers with visual rows, where methods are combined."""
+    rules = [rule for each in decisions.values() for rule in each.layers]
+    if len(decisions) == 1:
+        return tuple(rules)
+    found: list[LayerRule] = []
+    for rule in rules:
+        live = tuple(layer for layer in rule.layers if inject <= layer and (exit_ is None or layer < exit_))
+        rest = tuple(layer for layer in rule.layers if layer not in live)
+        whole = structs.replace(rule, layers=rest, **dict.fromkeys(VISUAL_FIELDS))
+        found += [structs.replace(rule, layers=live)] if live else []
+        found += [whole] if rest and (whole.execute or whole.sublayers) else []
+    return tuple(found)
 
 
 def _scaled(skip: SkipMode | None, encoder: EncoderStage | None, counted_of: int | None) -> SkipMode | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimvlm.routing import RouterSpec
+from trimvlm.router_spec import RouterSpec
 
 EPS = 1e-6
 THETA = 10_000.0  # of the rotary embedding

@@ -13,7 +13,7 @@ import torch
 from trimvlm.bundle import Manifest, write_whole
 from trimvlm.errors import UserError
 from trimvlm.profile import Profile
-from trimvlm.routing import Choice
+from trimvlm.router_spec import Choice
 from trimvlm.schedule import Schedule
 from trimvlm_export.checkpoint import Tensor
 from trimvlm_export.passes.primitive import OPSET

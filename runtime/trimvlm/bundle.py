@@ -63,7 +63,7 @@ import msgspec
 from trimvlm.encoder_rules import Tower
 from trimvlm.errors import UserError
 from trimvlm.profile import ModelSpec, Profile, to_profile
-from trimvlm.routing import Choice
+from trimvlm.router_spec import Choice
 from trimvlm.value import Value
 
 FORMAT = 1

@@ -16,7 +16,7 @@ import msgspec
 
 from trimvlm.encoder_rules import EncoderStage
 from trimvlm.errors import UserError
-from trimvlm.routing import RouterSpec
+from trimvlm.router_spec import RouterSpec
 from trimvlm.rules import SelectionRule
 from trimvlm.value import Value
 

@@ -338,3 +338,13 @@ def test_curves_of_one_name_are_both_kept():
 def test_at_share_gives_parameters_or_says_why_not(name: str, share: float) -> None:
     method = discover()[name]
     assert isinstance(method.at_share(share), method.Parameters)  # type: ignore[attr-defined]
+
+
+def test_composition_leaves_out_what_has_nothing_to_act_on() -> None:
+    """V-Skip in layers that VTW's exit has emptied is no contradiction, in a composition."""
+    skip = LayerRule(layers=(1, 4, 6), query="none")
+    whole = LayerRule(layers=(5,), execute="none", cache="none")
+    v_skip_outcome = Outcome(decisions=Decisions(layers=(skip, whole)))
+    united = merge({"v-skip": v_skip_outcome, "vtw": Outcome(decisions=Decisions(exit=4))}).decisions
+    assert united.layers == (LayerRule(layers=(1,), query="none"), LayerRule(layers=(5,), execute="none"))
+    assert merge({"v-skip": v_skip_outcome}).decisions.layers == (skip, whole)
