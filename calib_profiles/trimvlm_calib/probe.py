@@ -175,11 +175,6 @@ class Probe:
             for hook in hooks:
                 hook.remove()
 
-    def visual_attention(self, decisions: Decisions) -> Iterator[np.ndarray]:
-        """Per sample, attention [L, H, N] of the last row to the visual rows under `decisions`."""
-        for run, inputs in zip(self.runs(decisions, "attention"), self.inputs, strict=True):
-            yield np.stack(run.last_row)[:, :, self.visual_rows(inputs)]
-
     def visual_rows(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """Rows int64 [N] of a sample's prompt that hold visual tokens, ascending."""
         return np.flatnonzero(inputs["input_ids"][0].cpu().numpy() == self._model.config.image_token_id)

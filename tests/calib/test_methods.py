@@ -2,64 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-from msgspec import structs
+from fake_probe import FakeProbe, run
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select
+from trimvlm.profile import Decisions, LayerRule, Select
 from trimvlm.rules import LastRowAttention
-from trimvlm.schedule import resolve
 from trimvlm_calib.calibrate import read_parameters
-from trimvlm_calib.methods import discover, find, hidivdrop, v_skip, vtw
+from trimvlm_calib.methods import discover, find, v_skip, vtw
 from trimvlm_calib.outcome import Outcome, merge
-
-SPEC = ModelSpec(
-    family="llava",
-    layers=32,
-    hidden=64,
-    heads=4,
-    kv_heads=4,
-    head_dim=16,
-    ffn=96,
-    vocab=64,
-    visual_tokens=576,
-)
-
-
-class FakeProbe:
-    """Answers with `divergences[layer]`, and remembers what it was asked."""
-
-    def __init__(self, divergences=None, similarity=None, attention=None, spec=SPEC):
-        self.spec, self.divergences, self.attention = spec, divergences, attention
-        self.visual_similarity = lambda: similarity
-        self.asked = {}
-
-    def sweep(self, what, candidates, direction):
-        self.asked[what] = (dict(candidates), direction)
-        return tuple(
-            self.divergences[layer] if layer in candidates else None for layer in range(self.spec.layers)
-        )
-
-    def measure(self, what, decisions, view, *, detail=False):
-        self.asked[what] = decisions
-        return np.array([view(SimpleNamespace(last_row=list(sample)), {}) for sample in self.attention])
-
-    def visual_rows(self, inputs):
-        return np.arange(self.spec.visual_tokens)
-
-    def sublayer_similarity(self, sublayer):
-        self.asked["similarity"] = sublayer
-        return tuple(self.divergences)
-
-
-def run(name, probe, **parameters):
-    (method,) = find(name).values()
-    outcome = method.calibrate(probe, read_parameters({name: method}, parameters)[name])
-    resolve(outcome.decisions, probe.spec)
-    return outcome
 
 
 def test_every_method_is_found_and_says_what_it_is():
@@ -169,113 +121,6 @@ def test_vtw_exits_at_the_first_layer_within_eta():
     assert min(probe.asked["exit"][0]) == 5
     with pytest.raises(UserError, match=r"within 1e-09 nats; the least is 1\.0 at layer 1"):
         vtw.first_within((None, 1.0, 2.0), 1e-9)
-
-
-def attention_with_peaks(layers, tokens, window, peaks):
-    """[L, H, N]: at the layers of `peaks` the heads' pattern is the same as `window` layers later."""
-    generator = np.random.default_rng(0)
-    attention = generator.random((layers, 4, tokens)) ** 4
-    for layer in peaks:
-        attention[layer + window] = attention[layer]
-    return attention.astype(np.float32)
-
-
-def hidivdrop_probe(peaks):
-    similarity = tuple(1.0 - 0.01 * (layer in {8, 20}) - 0.001 * layer / 32 for layer in range(32))
-    divergences = [1.0] * 24 + [0.001] * 8
-    attention = [attention_with_peaks(32, 576, 4, peaks)] * 2
-    return FakeProbe(divergences, similarity, attention)
-
-
-def test_hidivdrop_gives_the_published_schedule_from_the_published_curves():
-    probe = hidivdrop_probe([10, 15, 17, 19])
-    outcome = run("hidivdrop", probe)
-    assert outcome.needs_adapted_weights
-    assert (outcome.decisions.inject, outcome.decisions.exit) == (8, 24)
-    assert [(s.layer, s.keep) for s in outcome.decisions.select] == [(10, 215), (15, 10), (17, 5), (19, 1)]
-    assert {s.by.attention for s in outcome.decisions.select} == {"own"}
-    assert probe.asked["ILVAS"] == Decisions(inject=8, exit=24)
-    ilvas = outcome.curves["ilvas"]
-    assert [layer for layer, value in enumerate(ilvas) if value is not None] == list(range(8, 20))
-    assert ilvas[10] == pytest.approx(1.0, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("keep", "filters"),
-    [("tok64", [10, 14, 16, 18]), ("tok48", [10, 14, 16, 18]), ("tok80", [10, 13, 16, 19])],
-)
-def test_hidivdrop_published_schedules(keep, filters):
-    outcome = run("hidivdrop", FakeProbe(), keep=keep, layers="published")
-    assert (outcome.decisions.inject, outcome.decisions.exit) == (8, 24)
-    assert [select.layer for select in outcome.decisions.select] == filters
-    assert resolve(outcome.decisions, SPEC).mean_visual_tokens == pytest.approx(int(keep[3:]), abs=0.05)
-    assert outcome.curves == {}
-
-
-def test_hidivdrop_published_schedule_of_a_small_model():
-    """12 layers and 196 tokens: every mark at its share of the depth, the next free layer where two meet."""
-    spec = structs.replace(SPEC, layers=12, visual_tokens=196)
-    decisions = run("hidivdrop", FakeProbe(spec=spec), layers="published").decisions
-    assert (decisions.inject, decisions.exit) == (3, 9)
-    assert [(s.layer, s.keep) for s in decisions.select] == [(4, 73), (5, 3), (6, 2), (7, 1)]
-
-
-def test_hidivdrop_finds_budgets_for_a_mean():
-    probe = hidivdrop_probe([10, 15, 17, 19])
-    decisions = run("hidivdrop", probe, mean=100 / 576).decisions
-    assert [select.layer for select in decisions.select] == [10, 15, 17, 19]
-    assert resolve(decisions, SPEC).mean_visual_tokens == pytest.approx(100, abs=0.5)
-    with pytest.raises(UserError, match=r"mean: 576 tokens cannot be reached .* 288 can"):
-        run("hidivdrop", hidivdrop_probe([10, 15, 17, 19]), mean=1)
-
-
-def test_hidivdrop_exits_where_the_plateau_begins():
-    assert hidivdrop.plateau((None, 0.001, 0.5, 0.003, 0.001, 0.002), 0.003) == 3  # not 1, as vtw would
-    with pytest.raises(UserError, match=r"no plateau within 0\.003 nats: at layer 2 the divergence is 0\.1"):
-        hidivdrop.plateau((None, 0.001, 0.1), 0.003)
-
-
-def test_ilvas_is_the_papers_formula():
-    probe = hidivdrop_probe([])
-    parameters = hidivdrop.Parameters(window=3 / 32, top=5 / 576)
-    got = hidivdrop._ilvas(probe, Decisions(inject=8, exit=24), parameters)
-    for layer in (8, 13, 20):
-        values = []
-        for sample in hidivdrop_probe([]).attention:
-            now, later = sample[layer].astype(float), sample[layer + 3].astype(float)
-            tokens = sorted(range(576), key=lambda i: -now[:, i].sum())[:5]
-            cosines = [
-                now[:, i] @ later[:, i] / (now[:, i] @ now[:, i]) ** 0.5 / (later[:, i] @ later[:, i]) ** 0.5
-                for i in tokens
-            ]
-            values.append(sum(cosines) / 5)
-        assert got[layer] == pytest.approx(sum(values) / len(values), rel=1e-5)
-    assert got[21] is None
-
-
-def test_ilvas_of_tokens_that_nobody_attends_to_is_zero():
-    probe = hidivdrop_probe([])
-    for sample in probe.attention:
-        sample[11] = 0.0
-    got = hidivdrop._ilvas(probe, Decisions(inject=8, exit=24), hidivdrop.Parameters(window=3 / 32))
-    assert got[8] == got[11] == 0.0
-
-
-def test_hidivdrop_extrema():
-    curve = (9.0, 1.0, 3.0, 2.0, 2.0, 5.0, None)
-    assert hidivdrop.extrema(curve, "maxima", 1, 9) == [2, 5]
-    assert hidivdrop.extrema(curve, "maxima", 1, 1) == [5]
-    assert hidivdrop.extrema(curve, "minima", 1, 9) == [1, 3]
-    assert hidivdrop.first_minimum((1.0, 0.5, 0.5, 0.7)) == 1
-    with pytest.raises(UserError, match="no local minimum"):
-        hidivdrop.first_minimum((1.0, 0.9, 0.8))
-
-
-def test_hidivdrop_without_room_for_a_filter():
-    probe = hidivdrop_probe([])
-    probe.divergences = [0.0] * 32
-    with pytest.raises(UserError, match="smaller window"):
-        run("hidivdrop", probe)
 
 
 @pytest.mark.parametrize(

@@ -172,14 +172,3 @@ def test_sublayer_similarity_is_that_of_the_plain_model(case, sublayer):
     got = Probe(model, spec, inputs).sublayer_similarity(sublayer)
     assert len(got) == spec.layers
     np.testing.assert_allclose(got, np.mean(wanted, axis=0), rtol=1e-5)
-
-
-@torch.no_grad()
-def test_visual_attention_is_that_of_the_plain_model(case):
-    model, spec, inputs = case
-    for got, each in zip(Probe(model, spec, inputs).visual_attention(Decisions()), inputs, strict=True):
-        attentions = model(**each, output_attentions=True).attentions
-        visual = each["input_ids"][0] == model.config.image_token_id
-        wanted = np.stack([layer[0, :, -1, visual].numpy() for layer in attentions])
-        assert got.shape == (spec.layers, spec.heads, spec.visual_tokens)
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
