@@ -3,7 +3,7 @@
 One module serves prefill and decode. Rows are laid out visual first, then text, whatever their order in the
 prompt: which row sees which is decided by position ids alone, so a layer without visual queries is a slice,
 and the order of keys in the cache does not matter. At decode there are no visual rows; every selection and
-slice is then the identity, since a stage keeps `rows * keep // before` rows.
+slice is then the identity, since a stage keeps `images * keep` rows.
 
 Shares the Schedule with the reference, and no code. Shapes: T text rows, N visual rows (all images), R rows
 in the stream, P past rows, H heads, G key/value heads, C head size, D width, V vocabulary, K kept rows.
@@ -76,6 +76,7 @@ class Decoder(nn.Module):
         index = torch.arange(visual.shape[0])
         stream = Stream.of(text, text_positions, index[:0])
         run = Run(
+            images=visual.shape[0] // self.schedule.visual_tokens,
             forced=forced,
             forced_skip=forced_skip,
             router_scores=router_scores,
@@ -171,9 +172,14 @@ class Decoder(nn.Module):
 
     def _skip(self, row: Row, stream: Stream, run: Run) -> Stream:
         assert self.schedule.skip
-        forced = run.forced_skip[len(run.out.skipped)]
-        amount = gain(self.schedule.skip, stream, self.lm_head)
-        stream, run.skipping = enter(row, stream, amount, run.skipping, forced)
+        stream, run.skipping = enter(
+            row,
+            stream,
+            run.skipping,
+            gained=gain(self.schedule.skip, stream, self.lm_head),
+            count=run.images * row.skipped,
+            forced=run.forced_skip[len(run.out.skipped)],
+        )
         run.out.skipped.append(stream.index.index_select(0, run.skipping.rows))
         run.out.skip_scores.append(run.skipping.accumulator)
         return stream
@@ -201,9 +207,9 @@ class Decoder(nn.Module):
     def _keep(self, row: Row, stream: Stream, scores: Tensor, run: Run) -> tuple[Stream, Tensor]:
         """Only the best rows, and the numbers of all rows that stay."""
         assert row.select
-        before = self.schedule.live_before(row.layer)
-        count = scores.shape[0] * row.select.keep // before
-        kept = ranking.choose(scores, count, run.forced[len(run.out.selected)], stream.index)
+        kept = ranking.choose(
+            scores, run.images * row.select.keep, run.forced[len(run.out.selected)], stream.index
+        )
         stream, rows = stream.keep(kept)
         if isinstance(row.select.by, ValueInfluence) and row.select.by.threshold is not None:
             stream = stream.show_only(scores.index_select(0, kept) > row.select.by.threshold)

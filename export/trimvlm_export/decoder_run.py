@@ -35,10 +35,12 @@ class Run:
     """What one run was given, and what it has put out so far.
 
     Attributes:
+        images: of the prompt; 0 at decode.
         raters: float32 [T], for `text_attention`; None where no stage ranks by it.
         before: the attention of the layer before.
     """
 
+    images: int
     forced: Sequence[Tensor]
     forced_skip: Sequence[Tensor]
     router_scores: Tensor | None

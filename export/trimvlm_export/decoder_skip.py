@@ -29,21 +29,20 @@ class Skipping:
 
 
 def enter(
-    row: Row, stream: Stream, gained: Tensor, before: Skipping | None, forced: Tensor
+    row: Row, stream: Stream, before: Skipping | None, *, gained: Tensor, count: int, forced: Tensor
 ) -> tuple[Stream, Skipping]:
     """A stage at the input of `row`'s layer.
 
     Args:
-        gained: what accumulators grow by, float32 [V].
         before: the stage before.
+        gained: what accumulators grow by, float32 [V].
+        count: K.
         forced: int64 [0 or K], input row numbers that replace the ranking.
     """
     accumulator = ranked = gained
     if before is not None:
         accumulator = before.accumulator + gained
         ranked = accumulator + before.flags.float() * SURE
-    # A share of the live rows, so that it is none at decode.
-    count = stream.visual * row.skipped // row.live
     rows = choose(ranked, count, forced, stream.index)
     place = torch.arange(stream.visual)
     flags = (rows.unsqueeze(1) == place.unsqueeze(0)).sum(dim=0)

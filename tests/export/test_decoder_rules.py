@@ -223,19 +223,21 @@ def test_skip_accumulator_grows(entropy: bool, correlation: bool) -> None:
 
 def test_rows_in_skip_mode_stay_and_the_highest_join() -> None:
     none = torch.zeros(0, dtype=torch.long)
-    row = Row(layer=2, live=3, after=3, skipped=1, skip_stage=True)  # of two images: 2 of 6
-    stream, first = enter(row, stream_of(), torch.tensor([0.0, 0.3, 0, 0, 0.3, 0.3]), None, none)
+    row, later = Row(layer=2, live=3, after=3), Row(layer=3, live=3, after=3)
+    gained = torch.tensor([0.0, 0.3, 0, 0, 0.3, 0.3])
+    stream, first = enter(row, stream_of(), None, gained=gained, count=2, forced=none)
     assert first.rows.tolist() == [1, 4]  # ties go to the lower row
     assert stream.unskipped and stream.unskipped.rows.tolist() == [0, 2, 3, 5, *range(V, R)]
-    later = Row(layer=3, live=3, after=3, skipped=2, skip_stage=True)
     gained = torch.tensor([0.5, 0.0, 0, 0.9, 0, 0.1])
-    stream, second = enter(later, stream, gained, first, none)
+    _, second = enter(later, stream, first, gained=gained, count=4, forced=none)
     assert second.rows.tolist() == [0, 1, 3, 4]
     np.testing.assert_allclose(second.accumulator, [0.5, 0.3, 0, 0.9, 0.3, 0.4])
-    _, forced = enter(later, stream, gained, first, torch.tensor([0, 2, 3, 5]))
-    assert forced.rows.tolist() == [0, 2, 3, 5]
+    other = torch.tensor([0, 2, 3, 5])
+    stream, forced = enter(later, stream, first, gained=gained, count=4, forced=other)
+    assert forced.rows.tolist() == other.tolist()
+    assert stream.unskipped and stream.unskipped.rows.tolist() == [1, 4, *range(V, R)]
     decode = Stream.of(drawn(1, D), torch.tensor([30]), torch.arange(0))
-    stream, after = enter(row, decode, torch.zeros(0), None, none)
+    stream, after = enter(row, decode, None, gained=torch.zeros(0), count=0, forced=none)
     assert after.rows.tolist() == [] and stream.unskipped and stream.unskipped.rows.tolist() == [0]
 
 
