@@ -21,7 +21,8 @@ def distance_of(full_V: np.ndarray, pruned_V: np.ndarray, distance: Distance) ->
     """
     full, pruned = full_V.astype(np.float64), pruned_V.astype(np.float64)
     if distance == "cosine":
-        return 1.0 - float(full @ pruned / (np.linalg.norm(full) * np.linalg.norm(pruned)))
+        cosine = float(full @ pruned / (np.linalg.norm(full) * np.linalg.norm(pruned)))
+        return max(1.0 - cosine, 0.0)  # equal vectors may round to a little more than 1; NaN stays NaN
     p, q = _log_softmax(full), _log_softmax(pruned)
     if distance == "pruned||full":
         p, q = q, p
