@@ -38,6 +38,7 @@ from trimvlm.schedule import Schedule
 from trimvlm.session import Session
 from trimvlm.timings import Timings
 from trimvlm.vision import make_vision
+from trimvlm_export import reference_encoder
 from trimvlm_export.checkpoint import model_spec, tower
 from trimvlm_export.export import export
 from trimvlm_export.families import llava
@@ -288,3 +289,13 @@ def test_towers_without_cls(checkpoint: Path) -> None:
                 check_tower(stage, bare, 36)
     with pytest.raises(UserError, match="36 patches and 37 visual tokens"):
         check_tower(STAGES["random"], tower(checkpoint), 37)
+
+
+def test_ties_are_told_from_choices(checkpoint: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise nothing is a tie; with noise as large as the values everything is."""
+    pixels = tiny_inputs(checkpoint, images=1)["pixel_values"]
+    stage = STAGES["msv-prune"]
+    monkeypatch.setattr(reference_encoder, "DISTURBANCE", 0.0)
+    assert not reference_encoder.hangs_on_rounding(model, pixels, stage)
+    monkeypatch.setattr(reference_encoder, "DISTURBANCE", 1.0)
+    assert reference_encoder.hangs_on_rounding(model, pixels, stage)

@@ -19,7 +19,7 @@ from trimvlm.encoder_rules import EncoderStage, VisPruner
 from trimvlm.errors import UserError
 from trimvlm.parity import Metric, ParityReport, Rung
 from trimvlm.profile import Decisions, LayerRule, Method, ModelSpec, Profile, Select, SkipMode, SkipStage
-from trimvlm.routing import RouterSpec
+from trimvlm.router_spec import RouterSpec
 from trimvlm.rules import LastRowAttention, RouterScores, ValueInfluence
 from trimvlm_calib.samples import load_samples
 from trimvlm_export.checkpoint import model_spec
@@ -117,6 +117,12 @@ MASKED = answer(visible={0: np.array([True, False, True, True])}, scores=[np.arr
     ("theirs", "changes", "metric", "verdict"),
     [
         (answer(patches=[np.arange(4)]), {"patches": [np.array([0, 1, 2, 5])]}, "patches", "FAIL"),
+        (
+            answer(patches=[np.arange(4)], patches_tie=True),
+            {"patches": [np.array([0, 1, 2, 5])], "visual": answer().visual + 9},
+            "patches",
+            "AMBIGUOUS",
+        ),
         (SKIPPING, {"skipped": [np.array([3]), np.array([2, 3])]}, "rows in skip mode", "FAIL"),
         (SKIPPING, {"skipped": [np.array([1]), np.array([1, 3])]}, "rows in skip mode", "AMBIGUOUS"),
         (MASKED, {"visible": {0: np.array([True, True, True, True])}}, "rows below a threshold", "FAIL"),

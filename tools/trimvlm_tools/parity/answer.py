@@ -17,6 +17,7 @@ class Answer:
     Attributes:
         visual: projector outputs [N, D].
         patches: per image the patches that the encoder stage chose; empty without a stage.
+        patches_tie: noise of rounding's size makes the stage choose other patches.
         selected: per selection the surviving visual rows, ascending.
         scores: per selection the score of each row that entered.
         skipped: per skip stage the rows in skip mode, ascending.
@@ -29,6 +30,7 @@ class Answer:
 
     visual: NDArray
     patches: list[NDArray] = field(default_factory=list)
+    patches_tie: bool = False
     selected: list[NDArray] = field(default_factory=list)
     scores: list[NDArray] = field(default_factory=list)
     skipped: list[NDArray] = field(default_factory=list)

@@ -38,8 +38,9 @@ def choices(answer: Answer, thresholds: Mapping[int, float]) -> dict[str, Choice
         thresholds: of those selections that have one, see `thresholds_of`.
     """
     found: dict[str, Choice] = {}
+    gap = 0.0 if answer.patches_tie else np.inf
     for image, patches in enumerate(answer.patches):
-        found[f"patches.{image}"] = Choice(rows=tuple(patches.tolist()), gap=np.inf)
+        found[f"patches.{image}"] = Choice(rows=tuple(patches.tolist()), gap=gap)
     live, near = np.arange(len(answer.visual)), np.inf
     for stage, (rows, scores) in enumerate(zip(answer.selected, answer.scores, strict=True)):
         gap = min(score_gap(scores, len(rows)), near)

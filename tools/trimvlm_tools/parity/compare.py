@@ -89,7 +89,7 @@ class Worst:
                 value=self.values.get(name),
                 limit=limits.get(name),
                 ambiguous=tie
-                and name != "vision features max abs"
+                and (name != "vision features max abs" or self.values.get(CHOICES["patches"], 0.0) > 0)
                 and self.same.get(name, 0.0) <= limits.get(name, np.inf),
                 note="differs only where scores tie" if tie and name in CHOICES.values() else "",
             )
