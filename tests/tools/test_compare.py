@@ -28,7 +28,7 @@ SPEC = ModelSpec(
     family="llava", layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=128, vocab=100,
     visual_tokens=100,
 )  # fmt: skip
-PROBE: Any = SimpleNamespace(spec=SPEC)
+PROBE: Any = SimpleNamespace(spec=SPEC, scope="")
 
 
 class Parameters(Value, frozen=True, kw_only=True):
@@ -110,6 +110,31 @@ def test_a_method_without_at_share_runs_as_it_decides(monkeypatch: pytest.Monkey
     assert matching.is_adjustable("fixed+fast") and not matching.is_adjustable("fixed")
     found = matching.as_published("fixed", PROBE, 10, {"fixed": {"keep": 0.25}})
     assert found.outcome.decisions.select[0].keep == 25 and found.parameters["fixed"]["layer"] == 2
+
+
+def test_a_search_measures_only_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A curve that a method reports costs nothing while its parameters are searched."""
+    measured: list[Any] = []
+
+    def sweep(what: str, *rest: Any) -> tuple[float | None, ...]:
+        measured.append(what)
+        return (3.0, 1.0, None)
+
+    def calibrate(probe: Any, parameters: Parameters) -> Outcome:
+        reported, read = probe.sweep(f"reported {parameters.keep}"), probe.sweep("read")
+        assert min(value for value in read if value is not None) == 1 and len(read) == 3
+        return Outcome(
+            decisions=method().calibrate(probe, parameters).decisions, curves={"reported": reported}
+        )
+
+    known(
+        monkeypatch, fast=SimpleNamespace(at_share=lambda share: Parameters(keep=share), calibrate=calibrate)
+    )
+    probe: Any = SimpleNamespace(spec=SPEC, sweep=sweep, scope="")
+    found = match("fast", probe, 0.6, 10, {})
+    assert set(measured) == {"read"}
+    assert tuple(found.outcome.curves["reported"]) == (3.0, 1.0, None)
+    assert measured[-1] == f"reported {found.parameters['fast']['keep']}"
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))

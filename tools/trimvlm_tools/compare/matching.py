@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast, overload
 
 import msgspec
 
@@ -13,11 +13,55 @@ from trimvlm.profile import Decisions
 from trimvlm.schedule import resolve
 from trimvlm.value import Value
 from trimvlm_calib.methods import find
-from trimvlm_calib.outcome import Outcome, merge
+from trimvlm_calib.outcome import Curve, Outcome, merge
 from trimvlm_calib.probe import Probe
 
 TOLERANCE = 0.03  # farther from the target than this share of the dense FLOPs is no match
 GRID, REFINEMENTS = 32, 6  # shares that are tried, then halvings around the best of them
+
+
+class LazyCurve(Sequence[float | None]):
+    """A curve that is measured when somebody reads it. Methods that only report a curve leave it unread, so a
+    search over their parameters measures nothing."""
+
+    def __init__(self, measure: Callable[[], Curve]) -> None:
+        self._measure = measure
+        self._values: Curve | None = None
+
+    @overload
+    def __getitem__(self, index: int) -> float | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> Curve: ...
+    def __getitem__(self, index: int | slice) -> float | Curve | None:
+        return self._read()[index]
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def _read(self) -> Curve:
+        if self._values is None:
+            self._values = self._measure()
+        return self._values
+
+
+class LazyProbe:
+    """A Probe whose `sweep` is lazy."""
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._probe, name)
+
+    def sweep(self, *arguments: Any) -> LazyCurve:
+        """See `Probe.sweep`."""
+        scope = self._probe.scope
+
+        def measure() -> Curve:
+            self._probe.scope = scope
+            return self._probe.sweep(*arguments)
+
+        return LazyCurve(measure)
 
 
 class Matched(Value, frozen=True, kw_only=True):
@@ -112,7 +156,7 @@ def _at(
         settings = method.Parameters() if share is None or at_share is None else at_share(share)
         settings = msgspec.structs.replace(settings, **overrides.get(name, {}))
         probe.scope = f"{name} {settings}"
-        outcomes[name] = method.calibrate(probe, settings)
+        outcomes[name] = method.calibrate(cast(Probe, LazyProbe(probe)), settings)
         used[name] = msgspec.to_builtins(settings)
     outcome = merge(outcomes)
     return Matched(outcome=outcome, parameters=used, flops_ratio=flops_ratio(outcome.decisions, probe, text))

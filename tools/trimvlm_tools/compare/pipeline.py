@@ -131,14 +131,13 @@ def compare(
 
 
 def _profile(label: str, method: str, matched: Matched, probe: Probe) -> Profile:
+    curves = {name: tuple(curve) for name, curve in matched.outcome.curves.items()}
     return Profile(
         name=label,
         method=MethodRecord(name=method, parameters=matched.parameters),
         model=probe.spec,
         decisions=matched.outcome.decisions,
-        calibration=Calibration(
-            data="compare", samples=len(probe.inputs), seed=0, curves=matched.outcome.curves
-        ),
+        calibration=Calibration(data="compare", samples=len(probe.inputs), seed=0, curves=curves),
         needs_adapted_weights=matched.outcome.needs_adapted_weights,
     )
 
