@@ -212,6 +212,7 @@ class Decoder(nn.Module):
         )
         stream, rows = stream.keep(kept)
         if isinstance(row.select.by, ValueInfluence) and row.select.by.threshold is not None:
+            # What an earlier threshold hides has no weight, so its score is 0 and it stays hidden.
             stream = stream.show_only(scores.index_select(0, kept) > row.select.by.threshold)
         run.out.scores.append(scores)
         run.out.selected.append(stream.index)

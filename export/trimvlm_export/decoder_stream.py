@@ -131,9 +131,9 @@ class Stream:
         return Stream.of(hidden, positions, self.index.index_select(0, kept_K), shown), rows
 
     def show_only(self, shown_visual: Tensor) -> Stream:
-        """Hides the visual rows that are False in bool [visual], beside those hidden already."""
-        shown = torch.cat((shown_visual, torch.ones_like(self.positions[self.visual :], dtype=torch.bool)))
-        return replace(self, shown=shown if self.shown is None else self.shown & shown)
+        """Hides the visual rows that are False in bool [visual]."""
+        text = torch.ones_like(self.positions[self.visual :], dtype=torch.bool)
+        return replace(self, shown=torch.cat((shown_visual, text)))
 
     def part(self, rows: ActiveRows) -> Part:
         """The rows that run a sub-layer: visual ones by the layer's rule, and all text rows."""
