@@ -13,6 +13,7 @@ from trimvlm.profile import Calibration, Profile
 from trimvlm.profile import Method as MethodRecord
 from trimvlm.schedule import Schedule
 from trimvlm.value import Value
+from trimvlm_calib.calibrated import Calibrated, save_calibrated
 from trimvlm_calib.probe import Probe
 from trimvlm_calib.samples import Sample
 from trimvlm_export.export import export
@@ -71,7 +72,7 @@ def compare(
     probe: Probe,
     questions: Sequence[Sample],
     kinds: Sequence[str],
-    bundle_dir: Path,
+    out: Path,
     *,
     methods: Sequence[str],
     targets: Sequence[float],
@@ -85,7 +86,7 @@ def compare(
     Args:
         probe: the model with the calibration samples.
         kinds: of each question.
-        bundle_dir: where the bundle of all profiles is written.
+        out: where the profiles and the bundle of all of them are written.
         methods: names, or compositions as `fastv+v-skip`.
         overrides: by method, parameters that are not the published ones.
         text: text rows of a typical prompt, for the FLOPs.
@@ -94,6 +95,8 @@ def compare(
     Raises:
         UserError: an unknown method, or a sample that cannot be read.
     """
+    profiles_dir, bundle_dir = out / "profiles", out / "bundle"
+    profiles_dir.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     unreachable: dict[str, str] = {}
     plan: list[tuple[str, float | None]] = [(DENSE, None)]
@@ -111,8 +114,10 @@ def compare(
             unreachable[label] = str(error)
             step(f"{label}: out of reach")
             continue
-        profile = _profile(label, method, matched, probe)
-        export(checkpoint, profile, bundle_dir)
+        made = Calibrated(profiles=(_profile(label, method, matched, probe),), router=matched.outcome.router)
+        save_calibrated(made, profiles_dir / f"{label}.yaml")
+        profile = made.profiles[0]
+        export(checkpoint, profile, bundle_dir, beside=profiles_dir)
         measured = measure(Bundle(bundle_dir), label, questions)
         dense = dense or measured.right
         points.append(
@@ -131,6 +136,7 @@ def compare(
 
 
 def _profile(label: str, method: str, matched: Matched, probe: Probe) -> Profile:
+    router = matched.outcome.router
     curves = {name: tuple(curve) for name, curve in matched.outcome.curves.items()}
     return Profile(
         name=label,
@@ -139,6 +145,7 @@ def _profile(label: str, method: str, matched: Matched, probe: Probe) -> Profile
         decisions=matched.outcome.decisions,
         calibration=Calibration(data="compare", samples=len(probe.inputs), seed=0, curves=curves),
         needs_adapted_weights=matched.outcome.needs_adapted_weights,
+        router=router.named(f"{label}.router.safetensors") if router else None,
     )
 
 

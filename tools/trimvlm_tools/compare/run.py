@@ -50,7 +50,7 @@ def run_comparison(args: argparse.Namespace) -> Comparison:
             probe,
             questions,
             kinds,
-            args.out / "bundle",
+            args.out,
             methods=methods,
             targets=args.targets,
             overrides=overrides,
