@@ -81,6 +81,21 @@ def preferences(actions: Actions, divergences_A: Sequence[float]) -> tuple[np.nd
     return difference(actions.tokens), difference(actions.layers)
 
 
+def preference_loss(
+    scores: tuple[torch.Tensor, torch.Tensor], pairs: tuple[np.ndarray, np.ndarray], beta: float
+) -> torch.Tensor:
+    """Mean loss over the pairs of one sample.
+
+    Args:
+        scores: the router's, of tokens [N] and layers [R].
+        pairs: differences, see `preferences`.
+    """
+    margins = sum(
+        torch.from_numpy(part).to(score) @ score for part, score in zip(pairs, scores, strict=True)
+    )
+    return -F.logsigmoid(beta * torch.as_tensor(margins)).mean()
+
+
 def train(
     router: Router,
     inputs_of: Callable[[int], RouterInputs],
@@ -122,10 +137,7 @@ def train(
             queue = queue or generator.permutation(len(pairs)).tolist()
             sample = queue.pop()
             inputs = inputs_of(sample)
-            token_scores, layer_scores = router(*inputs)
-            of_tokens, of_layers = (torch.from_numpy(part).to(token_scores) for part in pairs[sample])
-            margins = of_tokens @ token_scores + of_layers @ layer_scores
-            loss = -F.logsigmoid(beta * margins).mean() / batch
+            loss = preference_loss(router(*inputs), pairs[sample], beta) / batch
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
