@@ -28,8 +28,8 @@ class Point(Value, frozen=True, kw_only=True):
     """One method at one target.
 
     Attributes:
-        target: share of the dense model's FLOPs that was asked for; None: dense, and methods whose
-            calibration decides the cost.
+        target: share of the dense model's FLOPs that was asked for; None: dense, and methods as published:
+            those whose calibration decides the cost, and those that reach no target.
         flops_ratio: what was reached, scoring included.
         kv_bytes: keys and values after the prefill, float32.
         accuracy, interval: exact match and its 95 % bootstrap interval.
@@ -113,6 +113,8 @@ def compare(
         except UserError as error:
             unreachable[label] = str(error)
             step(f"{label}: out of reach")
+            if target == targets[-1] and not any(point.method == method for point in points):
+                plan.append((method, None))
             continue
         made = Calibrated(profiles=(_profile(label, method, matched, probe),), router=matched.outcome.router)
         save_calibrated(made, profiles_dir / f"{label}.yaml")
