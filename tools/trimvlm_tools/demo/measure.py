@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+import numpy as np
+
 from trimvlm.bundle import Bundle
 from trimvlm.profile import layer_numbers
 from trimvlm.schedule import Schedule
@@ -66,18 +68,20 @@ def measure(bundle: Bundle, profile: str, questions: Sequence[Sample]) -> Measur
 def survivors(
     bundle: Bundle, profile: str, schedule: Schedule, question: Sample
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Which visual rows are alive where, for one question: (layers, rows) for each run of equal layers."""
+    """Which patches are alive where, for one question: (layers, patches) for each run of equal layers."""
     with Session.open(bundle, profile) as session:
         rows = session.prompt(question.question, 1)
-        outputs = session.prefill(rows, session.vision([question.image]))
+        seen = session.visual([question.image])
+        outputs = session.prefill(rows, seen.rows)
+    patches = seen.chosen[0] if seen.chosen else np.arange(schedule.visual_tokens)
     found: list[tuple[list[int], tuple[int, ...]]] = []
     alive: tuple[int, ...] = ()
     stage = 0
     for row in schedule.rows:
         if row.layer == schedule.inject:
-            alive = tuple(range(schedule.model.visual_tokens))
+            alive = tuple(patches.tolist())
         if row.select:
-            alive = tuple(outputs[f"selected.{stage}"].tolist())
+            alive = tuple(patches[outputs[f"selected.{stage}"]].tolist())
             stage += 1
         if row.layer == schedule.exit:
             alive = ()
