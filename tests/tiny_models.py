@@ -6,6 +6,7 @@ between tokens, norms are not all ones and biases are not all zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from trimvlm.profile import Decisions, Method, Profile
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = (
@@ -206,3 +209,16 @@ def _processor(image_size: int, patch_size: int) -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def tiny_bundle(directory: Path, decisions: Mapping[str, Decisions], *, layers: int) -> Path:
+    """A float32 bundle of a tiny LLaVA with a profile for each entry of `decisions`."""
+    from trimvlm_export.checkpoint import model_spec
+    from trimvlm_export.export import export
+
+    checkpoint = tiny_llava(directory / "checkpoint", layers=layers)
+    model = model_spec(checkpoint)
+    for name, each in decisions.items():
+        profile = Profile(name=name, method=Method(name=name), model=model, decisions=each)
+        export(checkpoint, profile, directory / "bundle")
+    return directory / "bundle"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_llava
+from tiny_models import tiny_bundle
 
-from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select
+from trimvlm.profile import Decisions, LayerRule, Select
 from trimvlm.rules import LastRowAttention
 
 LAYERS, TOKENS = 5, 16
@@ -34,16 +34,7 @@ METHODS = {
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with every method, float32. Read only: tests that write take `bundle`."""
-    from trimvlm_export.checkpoint import model_spec
-    from trimvlm_export.export import export
-
-    directory = tmp_path_factory.mktemp("engines")
-    checkpoint = tiny_llava(directory / "checkpoint", layers=LAYERS)
-    model = model_spec(checkpoint)
-    for name, decisions in METHODS.items():
-        profile = Profile(name=name, method=Method(name=name), model=model, decisions=decisions)
-        export(checkpoint, profile, directory / "bundle")
-    return directory / "bundle"
+    return tiny_bundle(tmp_path_factory.mktemp("engines"), METHODS, layers=LAYERS)
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_llava
+from tiny_models import tiny_bundle
 
 from trimvlm.bundle import Bundle
 from trimvlm.encoder_rules import EncoderStage, HiPrune, MsvPrune, PruMerge, VisionZip, VisPruner
-from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select, SkipMode, SkipStage
+from trimvlm.profile import Decisions, LayerRule, Select, SkipMode, SkipStage
 from trimvlm.rules import (
     CrossAndSelfAttention,
     LastRowAttention,
@@ -72,16 +72,7 @@ DECISIONS = {
 @pytest.fixture(scope="module")
 def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with all of them, float32."""
-    from trimvlm_export.checkpoint import model_spec
-    from trimvlm_export.export import export
-
-    directory = tmp_path_factory.mktemp("every")
-    checkpoint = tiny_llava(directory / "checkpoint", layers=LAYERS)
-    model = model_spec(checkpoint)
-    for name, decisions in DECISIONS.items():
-        profile = Profile(name=name, method=Method(name=name), model=model, decisions=decisions)
-        export(checkpoint, profile, directory / "bundle")
-    return directory / "bundle"
+    return tiny_bundle(tmp_path_factory.mktemp("every"), DECISIONS, layers=LAYERS)
 
 
 @pytest.mark.parametrize("card", CARDS)
