@@ -133,8 +133,10 @@ def test_a_search_measures_only_what_decides(monkeypatch: pytest.MonkeyPatch) ->
     probe: Any = SimpleNamespace(spec=SPEC, sweep=sweep, scope="")
     found = match("fast", probe, 0.6, 10, {})
     assert set(measured) == {"read"}
-    assert tuple(found.outcome.curves["reported"]) == (3.0, 1.0, None)
+    assert matching.measured_curves(found.outcome) == {}
+    assert tuple(found.outcome.curves["reported"]) == (3.0, 1.0, None)  # measured now that it is read
     assert measured[-1] == f"reported {found.parameters['fast']['keep']}"
+    assert matching.measured_curves(found.outcome) == {"reported": (3.0, 1.0, None)}
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))

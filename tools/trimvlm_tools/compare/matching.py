@@ -38,6 +38,11 @@ class LazyCurve(Sequence[float | None]):
     def __len__(self) -> int:
         return len(self._read())
 
+    @property
+    def known(self) -> bool:
+        """Whether somebody has read it."""
+        return self._values is not None
+
     def _read(self) -> Curve:
         if self._values is None:
             self._values = self._measure()
@@ -145,6 +150,15 @@ def match(
             f"{best.flops_ratio:.1%}"
         )
     return best
+
+
+def measured_curves(outcome: Outcome) -> dict[str, Curve]:
+    """The curves that decided something; what a method only reports is not measured for a comparison."""
+    return {
+        name: tuple(curve)
+        for name, curve in outcome.curves.items()
+        if not isinstance(curve, LazyCurve) or curve.known
+    }
 
 
 def _at(

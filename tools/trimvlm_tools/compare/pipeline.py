@@ -17,7 +17,7 @@ from trimvlm_calib.calibrated import Calibrated, save_calibrated
 from trimvlm_calib.probe import Probe
 from trimvlm_calib.samples import Sample
 from trimvlm_export.export import export
-from trimvlm_tools.compare.matching import Matched, as_published, is_adjustable, match
+from trimvlm_tools.compare.matching import Matched, as_published, is_adjustable, match, measured_curves
 from trimvlm_tools.compare.statistics import difference, interval
 from trimvlm_tools.demo.measure import Measured, measure
 
@@ -139,7 +139,7 @@ def compare(
 
 def _profile(label: str, method: str, matched: Matched, probe: Probe) -> Profile:
     router = matched.outcome.router
-    curves = {name: tuple(curve) for name, curve in matched.outcome.curves.items()}
+    curves = measured_curves(matched.outcome)
     return Profile(
         name=label,
         method=MethodRecord(name=method, parameters=matched.parameters),
