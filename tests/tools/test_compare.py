@@ -69,7 +69,7 @@ def test_the_search_finds_the_nearest_whole_budget(monkeypatch: pytest.MonkeyPat
     known(monkeypatch, fast=method())
     found = match("fast", PROBE, target, 10, {})
     every = [
-        matching.flops_ratio(method().calibrate(PROBE, Parameters(keep=keep / 100)).decisions, PROBE, 10)
+        matching.flops_ratio(method().calibrate(PROBE, Parameters(keep=keep / 100)), PROBE, 10)
         for keep in range(1, 101)
     ]
     assert abs(found.flops_ratio - target) == min(abs(ratio - target) for ratio in every)

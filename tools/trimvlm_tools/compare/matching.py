@@ -7,7 +7,7 @@ from typing import Any, cast, overload
 
 import msgspec
 
-from trimvlm.accounting import mac2, selection_flops
+from trimvlm.accounting import mac2, router_flops, selection_flops
 from trimvlm.errors import UserError
 from trimvlm.profile import Decisions
 from trimvlm.schedule import resolve
@@ -17,7 +17,7 @@ from trimvlm_calib.outcome import Curve, Outcome, merge
 from trimvlm_calib.probe import Probe
 
 TOLERANCE = 0.03  # farther from the target than this share of the dense FLOPs is no match
-GRID, REFINEMENTS = 32, 6  # shares that are tried, then halvings around the best of them
+GRID, REFINEMENTS = 8, 8  # shares that are tried, then halvings around the best of them
 
 
 class LazyCurve(Sequence[float | None]):
@@ -82,11 +82,13 @@ class Matched(Value, frozen=True, kw_only=True):
     flops_ratio: float
 
 
-def flops_ratio(decisions: Decisions, probe: Probe, text: int) -> float:
+def flops_ratio(outcome: Outcome, probe: Probe, text: int) -> float:
     """MAC2 of the decoder's prefill over the dense model's, for one image and `text` text rows; what ranks
-    tokens is counted."""
-    schedule, dense = resolve(decisions, probe.spec), resolve(Decisions(), probe.spec)
-    return (mac2(schedule, text) + selection_flops(schedule, text)) / mac2(dense, text)
+    tokens is counted, a router too."""
+    schedule, dense = resolve(outcome.decisions, probe.spec), resolve(Decisions(), probe.spec)
+    router = outcome.router.named("router") if outcome.router else None
+    ranking = selection_flops(schedule, text) + router_flops(router, schedule, text)
+    return (mac2(schedule, text) + ranking) / mac2(dense, text)
 
 
 def is_adjustable(expression: str) -> bool:
@@ -141,8 +143,7 @@ def match(
     for _ in range(REFINEMENTS):
         step /= 2
         middle = nearest()
-        look(max(middle - step, step))
-        look(min(middle + step, 1.0))
+        look(middle - step if found[middle].flops_ratio > target else min(middle + step, 1.0))
     best = found[nearest()]
     if abs(best.flops_ratio - target) > TOLERANCE:
         raise UserError(
@@ -173,4 +174,4 @@ def _at(
         outcomes[name] = method.calibrate(cast(Probe, LazyProbe(probe)), settings)
         used[name] = msgspec.to_builtins(settings)
     outcome = merge(outcomes)
-    return Matched(outcome=outcome, parameters=used, flops_ratio=flops_ratio(outcome.decisions, probe, text))
+    return Matched(outcome=outcome, parameters=used, flops_ratio=flops_ratio(outcome, probe, text))
