@@ -6,12 +6,13 @@ Two conventions, because the papers use two (n visual rows, t text rows, d width
   (PyramidDrop, HiDivDrop, VisiPruner);
 * MAC2: all rows, 2 per multiply-accumulate, no causal halving, no LM head (V-Skip, SPIDER, VTW, ShortV).
 
-What ranks tokens is counted in neither; `selection_flops` gives it apart, in MAC2.
+What ranks tokens is counted in neither; `selection_flops` and `router_flops` give it apart, in MAC2.
 """
 
 from __future__ import annotations
 
 from trimvlm.profile import ModelSpec
+from trimvlm.router_spec import RouterSpec
 from trimvlm.rules import LastRowAttention, TextAttention, ValueInfluence
 from trimvlm.schedule import Row, Schedule
 
@@ -40,6 +41,17 @@ def selection_flops(schedule: Schedule, text: int) -> int:
         terms = schedule.skip.entropy * schedule.model.vocab + schedule.skip.correlation
         total += 2 * row.live * schedule.model.hidden * terms
     return total
+
+
+def router_flops(router: RouterSpec | None, schedule: Schedule, text: int) -> int:
+    """FLOPs (MAC2) of a router's matrices and attention, for one image and `text` text rows."""
+    if router is None:
+        return 0
+    width, tokens = router.width, schedule.model.layers - router.first
+    prompt = schedule.visual_tokens + text
+    rows = prompt + tokens
+    block = (4 + 3 * 4) * width * width * rows + 2 * width * rows * rows
+    return 2 * (prompt * schedule.model.hidden * width + block + (schedule.visual_tokens + tokens) * width)
 
 
 def kv_bytes_per_layer(schedule: Schedule, text: int, bytes_per_value: int) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ from trimvlm.router_spec import RouterSpec
 from trimvlm.rules import RouterScores
 from trimvlm.schedule import Schedule, resolve
 from trimvlm.session import Session
+from trimvlm_engines import targets
+from trimvlm_engines.build import parts
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.export import export
 from trimvlm_export.reference import Reference
@@ -254,6 +256,17 @@ def test_a_choice_has_one_router(bundle: Bundle, full: Trained) -> None:
             added(name, choice, same)
     with pytest.raises(UserError, match="it holds par-0, par-1, par-full, and par chooses per input"):
         bundle.members("nowhere")
+
+
+def test_a_target_builds_the_router_once(bundle: Bundle) -> None:
+    target = targets.load("rtx-4090")
+    found = {name: parts(bundle, *bundle.entry(name), target) for name in ("par-0", "par-1")}
+    assert list(found["par-0"]) == ["vision", "router", "decoder"]
+    assert found["par-0"]["router"] == found["par-1"]["router"]
+    router, decoder = found["par-1"]["router"], found["par-1"]["decoder"]
+    for name in ("input_ids", *ROWS):
+        assert router.ranges[name] == decoder.ranges[name]
+    assert len(router.sources["weights"]) == len(bundle.manifest.weights) + 1
 
 
 @pytest.mark.parametrize("kind", ["missing", "other", "shape", "none"])

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trimvlm.accounting import router_flops
 from trimvlm.backends import Port
 from trimvlm.errors import UserError
-from trimvlm.profile import Method, ModelSpec, Profile
+from trimvlm.profile import Decisions, Method, ModelSpec, Profile
 from trimvlm.router_spec import Choice, RouterSpec
 from trimvlm.routing import choose, make_pick
+from trimvlm.schedule import resolve
 from trimvlm.text import Prompt
 from trimvlm.timings import Timings
 
@@ -135,3 +137,20 @@ def test_what_a_profile_refuses() -> None:
             profile(**fields)
     with pytest.raises(UserError, match="cannot name files"):
         profile(router=SPEC, choice="../par")
+
+
+def test_cost_is_that_of_its_matrices() -> None:
+    """Against every matrix product of `trimvlm_export.router`, written out."""
+    schedule, text = resolve(Decisions(), MODEL), 5
+    visual, layers, width, hidden = MODEL.visual_tokens, 2, SPEC.width, MODEL.hidden
+    rows = visual + text + layers
+    products = [
+        (visual + text, hidden, width),
+        *[(rows, width, width)] * 4,
+        *[(rows, width // SPEC.heads, rows)] * SPEC.heads * 2,
+        *[(rows, width, 4 * width)] * 3,
+        (visual, width, 1),
+        (layers, width, 1),
+    ]
+    assert router_flops(SPEC, schedule, text) == sum(2 * a * b * c for a, b, c in products)
+    assert router_flops(None, schedule, text) == 0

@@ -74,7 +74,7 @@ def describe(profile: Profile, text: int, dtype: str) -> dict[str, Any]:
     """What a profile does and costs, as plain data: one image, `text` text rows, KV in `dtype`."""
     import msgspec
 
-    from trimvlm.accounting import kv_bytes_per_layer, mac2, macv, selection_flops
+    from trimvlm.accounting import kv_bytes_per_layer, mac2, macv, router_flops, selection_flops
     from trimvlm.profile import Decisions
     from trimvlm.schedule import Schedule, resolve
 
@@ -101,7 +101,7 @@ def describe(profile: Profile, text: int, dtype: str) -> dict[str, Any]:
             "macv_of_dense": macv(schedule) / macv(dense),
             "mac2": mac2(schedule, text),
             "mac2_of_dense": mac2(schedule, text) / mac2(dense, text),
-            "selection_mac2": selection_flops(schedule, text),
+            "selection_mac2": selection_flops(schedule, text) + router_flops(profile.router, schedule, text),
             "conventions": CONVENTIONS,
         },
         "kv": {
