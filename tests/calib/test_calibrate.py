@@ -181,10 +181,9 @@ def test_too_few_samples(checkpoint, samples):
 
 
 def test_decisions_that_cannot_be_united_are_refused(checkpoint, samples):
-    with pytest.raises(UserError, match=r"layer \d: query: none has no effect"):
-        calibrate(
-            checkpoint, "vtw+v-skip", samples, {"vtw.eta": 100, "v-skip.share": 1}, data_name="noise", count=1
-        )
+    early = {"vtw.exit": 0.25, "fastv.layer": 2}
+    with pytest.raises(UserError, match="layer 2: select: visual rows are live in layers"):
+        calibrate(checkpoint, "vtw+fastv", samples, early, data_name="noise", count=1)
 
 
 def test_errors_come_before_the_work_and_name_the_method(tmp_path, checkpoint, samples):
