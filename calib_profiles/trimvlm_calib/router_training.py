@@ -90,9 +90,7 @@ def preference_loss(
         scores: the router's, of tokens [N] and layers [R].
         pairs: differences, see `preferences`.
     """
-    margins = sum(
-        torch.from_numpy(part).to(score) @ score for part, score in zip(pairs, scores, strict=True)
-    )
+    margins = sum(torch.from_numpy(part).to(score) @ score for part, score in zip(pairs, scores, strict=True))
     return -F.logsigmoid(beta * torch.as_tensor(margins)).mean()
 
 
