@@ -21,7 +21,7 @@ from trimvlm.errors import UserError
 from trimvlm_tools import console
 
 VERBS = {
-    "demo": "calibrate, export, build, run and check the demo model with every method; one table",
+    "demo": "calibrate, export, build, run and check the demo model with seven methods; one table",
     "calibrate": "make a pruning profile for a model from samples",
     "export": "write a model and its profiles as a bundle of ONNX graphs",
     "build": "build a bundle's engine for a target",

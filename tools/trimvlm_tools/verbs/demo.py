@@ -1,4 +1,4 @@
-"""Runs the demo model through every step with every method: calibrate, export, build, run, check.
+"""Runs the demo model through every step with seven methods: calibrate, export, build, run, check.
 
 Prints one table and writes a report with pictures. What an earlier run made is kept.
 """
