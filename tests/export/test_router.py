@@ -24,7 +24,7 @@ from trimvlm.rules import RouterScores
 from trimvlm.schedule import Schedule, resolve
 from trimvlm.session import Session
 from trimvlm_engines import targets
-from trimvlm_engines.build import parts
+from trimvlm_engines.build import build, parts
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.export import export
 from trimvlm_export.reference import Reference
@@ -267,6 +267,15 @@ def test_a_target_builds_the_router_once(bundle: Bundle) -> None:
     for name in ("input_ids", *ROWS):
         assert router.ranges[name] == decoder.ranges[name]
     assert len(router.sources["weights"]) == len(bundle.manifest.weights) + 1
+
+
+@pytest.mark.parametrize("card", ["rtx-3090", "rtx-4090", "rtx-5090"])
+def test_plans_build_ahead_of_time(bundle: Bundle, card: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    engine = build(bundle.directory, card, "par-1")
+    assert set(engine.graphs) == {"vision", "router", "decoder"}
+    for role, file in engine.graphs.items():
+        assert bundle.path(file).stat().st_size == engine.measured[f"{role}_bytes"]
 
 
 @pytest.mark.parametrize("kind", ["missing", "other", "shape", "none"])
