@@ -16,7 +16,7 @@ from typing import Any
 from trimvlm.bundle import sha256
 from trimvlm.encoder_rules import Tower
 from trimvlm.errors import UserError
-from trimvlm.profile import ModelSpec
+from trimvlm.profile import Grid, ModelSpec
 
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -174,19 +174,19 @@ def load_config(directory: Path) -> Any:
         raise UserError(f"{directory}: config.json cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def model_spec(directory: Path | str) -> ModelSpec:
-    """Geometry and fingerprint of a checkpoint.
+def model_spec(directory: Path | str, grid: Grid | None = None) -> ModelSpec:
+    """Geometry and fingerprint of a checkpoint, for images that make `grid`.
 
     Raises:
-        UserError: no model there, or a family that trimvlm does not know.
+        UserError: no model there, a family that trimvlm does not know, or a grid that it cannot make.
     """
     from trimvlm_export import families
 
     config = load_config(Path(directory))
-    return families.of(config.model_type).model_spec(config, fingerprint(Path(directory)))
+    return families.of(config.model_type).model_spec(config, fingerprint(Path(directory)), grid)
 
 
-def tower(directory: Path | str) -> Tower:
+def tower(directory: Path | str, grid: Grid | None = None) -> Tower:
     """The vision tower of a checkpoint.
 
     Raises:
@@ -195,4 +195,4 @@ def tower(directory: Path | str) -> Tower:
     from trimvlm_export import families
 
     config = load_config(Path(directory))
-    return families.of(config.model_type).tower(config)
+    return families.of(config.model_type).tower(config, grid)

@@ -60,9 +60,9 @@ def export(
             one, the checkpoint is incomplete or of an unknown kind, or `out` holds something else.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    spec = model_spec(checkpoint)
+    spec = model_spec(checkpoint, profile.model.grid)
     schedule, stage = Schedule.resolve(profile, spec), profile.decisions.encoder
-    geometry = tower(checkpoint)
+    geometry = tower(checkpoint, profile.model.grid)
     if stage:
         check_tower(stage, geometry, spec.visual_tokens)
     router = find_weights(profile, beside)
@@ -72,7 +72,7 @@ def export(
     choices = gather_choices(before, profile, schedule)
     with _destination(out, new=before is None) as directory:
         source = Source.place(checkpoint, directory, dtype)
-        vision, projector = export_vision(source, stage)
+        vision, projector = export_vision(source, stage, spec.grid)
         routing = export_router(source, profile, router) if router else ()
         decoders = export_decoder(source, profile.name, schedule)
         profile_file = f"{profile.name}.profile.json"

@@ -24,7 +24,7 @@ def trace(
     dynamic: Callable[[str, int], bool],
     *,
     inputs: Mapping[str, Sequence[str | int]],
-    outputs: Mapping[str, Sequence[str | int]],
+    outputs: Mapping[str, Sequence[str | int] | None],
     opset: int,
 ) -> ir.Model:
     """Traces `module(**example)`.
@@ -32,7 +32,8 @@ def trace(
     Args:
         example: keyword arguments; lists of tensors count as inputs in their order.
         dynamic: (argument name, dimension) -> whether that dimension varies.
-        inputs, outputs: names in graph order with their dimensions (a text is a symbolic size).
+        inputs, outputs: names in graph order with their dimensions (a text is a symbolic
+            size; None: as traced).
         opset: ONNX operator set.
     """
     shapes = {
@@ -51,7 +52,9 @@ def trace(
     for values, named in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         assert len(values) == len(named), (len(values), list(named))
         for value, (name, dims) in zip(values, named.items(), strict=True):
-            value.name, value.shape = name, ir.Shape(dims)
+            value.name = name
+            if dims is not None:
+                value.shape = ir.Shape(dims)
     return model
 
 

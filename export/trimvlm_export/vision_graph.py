@@ -2,80 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from trimvlm.encoder_rules import EncoderStage, VisionTaps, taps
+from trimvlm.profile import Grid
 from trimvlm_export.passes.primitive import OPSET
 from trimvlm_export.source import Source
 from trimvlm_export.trace import attach_weights, save, trace
 
 PROJECTOR = "projector.onnx"
 
-Shapes: TypeAlias = Mapping[str, Sequence[Any]]
+EXAMPLE = 2  # of a dimension that varies, in the example that is traced
 
 
-def export_vision(source: Source, stage: EncoderStage | None) -> tuple[str, str | None]:
+def export_vision(source: Source, stage: EncoderStage | None, grid: Grid | None) -> tuple[str, str | None]:
     """Writes what a profile needs before the decoder; profiles that need the same share the files.
 
     Returns:
         The vision graph's file name, and the projector's where there is an encoder stage.
     """
     if stage is None:
-        return export_tower(source, None), None
-    return export_tower(source, taps(stage.by)), export_projector(source)
+        return export_tower(source, grid, None), None
+    return export_tower(source, grid, taps(stage.by)), export_projector(source, grid)
 
 
-def export_tower(source: Source, wanted: VisionTaps | None) -> str:
+def export_tower(source: Source, grid: Grid | None, wanted: VisionTaps | None) -> str:
     """Writes the tower with its taps, or where none are wanted with the projector; returns the file name."""
-    vision, geometry = source.config.vision_config, source.family.tower(source.config)
-    size, rows = vision.image_size, geometry.patches + geometry.cls
-    if wanted is None:
-        file, outputs = "vision.onnx", {"visual": ["visual", source.config.text_config.hidden_size]}
-    else:
-        parts = [name.replace("_attention", "").replace(".", "") for name in wanted.names]
-        file = "-".join(["vision-tower", *parts]) + ".onnx"
-        heads = [vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads]
-        shapes = {"keys": [rows, *heads], "features": [rows, vision.hidden_size]}
-        outputs = {"tower": ["images", rows, geometry.width]}
-        outputs |= {n: ["images", *shapes.get(n.split(".")[0], [geometry.patches])] for n in wanted.names}
+    parts = [name.replace("_attention", "").replace(".", "") for name in wanted.names] if wanted else []
+    file = "-".join(
+        ["vision", *(["tower"] if wanted else []), *parts, *([f"{grid[0]}x{grid[1]}"] if grid else [])]
+    )
     _write(
         source,
-        file,
-        source.family.Vision(source.config, wanted),
-        inputs={"pixel_values": ["images", 3, size, size]},
-        outputs=outputs,
+        f"{file}.onnx",
+        source.family.Vision(source.config, grid, wanted),
+        inputs={"pixel_values": source.family.pixel_values(source.config, grid)},
+        outputs=["tower", *wanted.names] if wanted else ["visual"],
     )
-    return file
+    return f"{file}.onnx"
 
 
-def export_projector(source: Source) -> str:
+def export_projector(source: Source, grid: Grid | None) -> str:
     """Writes the projector alone; returns the file name."""
-    width = source.family.tower(source.config).width
+    width = source.family.tower(source.config, grid).width
     _write(
         source,
         PROJECTOR,
         source.family.Projector(source.config),
         inputs={"features": ["rows", width]},
-        outputs={"visual": ["rows", source.config.text_config.hidden_size]},
+        outputs=["visual"],
     )
     return PROJECTOR
 
 
-def _write(source: Source, file: str, module: Any, *, inputs: Shapes, outputs: Shapes) -> None:
+def _write(
+    source: Source, file: str, module: Any, *, inputs: dict[str, list[int | str]], outputs: list[str]
+) -> None:
     """Consumes the module's weights, and writes the graph where it is not there yet."""
     weights = source.load(module.requires_grad_(False), module.parameter_names())
     if (source.out / file).exists():
         return
     dtype = getattr(torch, source.dtype)
+    sizes = {name: [EXAMPLE if isinstance(n, str) else n for n in dims] for name, dims in inputs.items()}
+    example = {name: torch.zeros(dims, dtype=dtype) for name, dims in sizes.items()}
     model = trace(
         module,
-        {name: torch.zeros(2, *sizes[1:], dtype=dtype) for name, sizes in inputs.items()},
-        lambda _, dimension: dimension == 0,
+        example,
+        lambda name, dimension: isinstance(inputs[name][dimension], str),
         inputs=inputs,
-        outputs=outputs,
+        outputs=dict.fromkeys(outputs),
         opset=OPSET,  # one graph for every target
     )
     attach_weights(model, weights, source.out)

@@ -26,6 +26,7 @@ Rows: TypeAlias = Literal["live", "none"]
 ActiveRows: TypeAlias = Literal["live", "none", "unskipped"]
 TextKeys: TypeAlias = Literal["live", "none", "sink"]
 Execute: TypeAlias = Literal["both", "decode", "none"]
+Grid: TypeAlias = tuple[int, int]
 Sublayers: TypeAlias = Literal["both", "attention", "ffn"]
 
 
@@ -42,6 +43,9 @@ class ModelSpec(Value, frozen=True, kw_only=True):
         ffn: FFN width F (gated: three matrices).
         vocab: vocabulary size V.
         visual_tokens: visual rows that one image gives, N.
+        grid: rows and columns of visual tokens that an image covers, where images of different shapes give
+            different ones; without the tokens of an overview of the whole image and those that end a row.
+            None: every image is one view of a fixed size.
     """
 
     family: str
@@ -54,6 +58,7 @@ class ModelSpec(Value, frozen=True, kw_only=True):
     ffn: int
     vocab: int
     visual_tokens: int
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "visual_tokens"):

@@ -62,7 +62,7 @@ def test_the_geometry_is_that_of_llava_in_hugging_face_form():
         num_attention_heads=16,
     )
     config = LlavaConfig(text_config=text, vision_config=vision)
-    check_fits(shipped.load("shortv-llava-15-7b"), families.of("llava").model_spec(config, "any"))
+    check_fits(shipped.load("shortv-llava-15-7b"), families.of("llava").model_spec(config, "any", None))
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,10 @@ def vision(checkpoint: Path) -> Iterator[Backend]:
     out = checkpoint.parent / "vision"
     out.mkdir()
     source = Source.place(checkpoint, out, "float32")
-    files = {"vision": out / export_tower(source, union()), "projector": out / export_projector(source)}
+    files = {
+        "vision": out / export_tower(source, None, union()),
+        "projector": out / export_projector(source, None),
+    }
     with load_backend("onnxruntime", files, {"threads": 1}) as backend:
         yield backend
 
@@ -229,11 +232,11 @@ def test_of_a_late_layer_only_what_is_read_is_used(
 ) -> None:
     """Whatever is not asked for stays in `ignored_tensors`, with a reason."""
     config = LlavaForConditionalGeneration.config_class.from_pretrained(checkpoint)
-    names = llava.Vision(config, wanted).parameter_names()
+    names = llava.Vision(config, None, wanted).parameter_names()
     last = {name.split("layers.2.")[1].rsplit(".", 1)[0] for name in names if "layers.2." in name}
     assert last == read
     assert not any("projector" in name for name in names)
-    assert set(llava.Vision(config, None).parameter_names()) > {
+    assert set(llava.Vision(config, None, None).parameter_names()) > {
         "projector.layers.linear_1.weight",
         "tower.encoder.layers.1.mlp.fc2.bias",
     }

@@ -1,12 +1,13 @@
 """Model families: one file each, named after transformers' `model_type`. A new family is a new file.
 
-A family module gives:
+A family module gives (`grid` as in `trimvlm.profile.ModelSpec`):
 
     canonical(name) -> str              checkpoint tensor name to transformers parameter name, old names too
-    model_spec(config, fingerprint)     `trimvlm.profile.ModelSpec`
-    tower(config)                       `trimvlm.encoder_rules.Tower`
-    Vision(config, taps)                torch module: pixel_values [I, 3, H, W] -> visual [I * N, D], or
-                                        where taps are wanted -> tower [I, S, E'], taps...
+    model_spec(config, fingerprint, grid)     `trimvlm.profile.ModelSpec`
+    tower(config, grid)                 `trimvlm.encoder_rules.Tower` of one view
+    pixel_values(config, grid)          dimensions of the vision graph's input, "images" where one varies
+    Vision(config, grid, taps)          torch module: pixel_values -> visual [N, D] of one image, or
+                                        where taps are wanted -> tower [views, S, E'], taps...
     Projector(config)                   torch module: features [rows, E'] -> visual [rows, D]
     unused(config, name) -> str | None  why a checkpoint tensor is not needed
     DECODER_PREFIX, LM_HEAD             where the decoder's parameters live

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trimvlm.encoder_rules import Tower, VisionTaps
 from trimvlm.errors import UserError
-from trimvlm.profile import ModelSpec
+from trimvlm.profile import Grid, ModelSpec
 
 DECODER_PREFIX = "model.language_model."
 LM_HEAD = "lm_head."
@@ -36,9 +36,13 @@ def canonical(name: str) -> str:
     return name
 
 
-def model_spec(config: Any, fingerprint: str | None) -> ModelSpec:
-    """Geometry from the configuration."""
-    text, patches = config.text_config, tower(config).patches
+def model_spec(config: Any, fingerprint: str | None, grid: Grid | None) -> ModelSpec:
+    """Geometry from the configuration.
+
+    Raises:
+        UserError: a grid, which this family does not have.
+    """
+    text, patches = config.text_config, tower(config, grid).patches
     return ModelSpec(
         family="llava",
         fingerprint=fingerprint,
@@ -53,12 +57,14 @@ def model_spec(config: Any, fingerprint: str | None) -> ModelSpec:
     )
 
 
-def tower(config: Any) -> Tower:
+def tower(config: Any, grid: Grid | None) -> Tower:
     """The vision tower.
 
     Raises:
-        UserError: a tower of another kind.
+        UserError: a tower of another kind, or a grid, which this family does not have.
     """
+    if grid is not None:
+        raise UserError("grid: every image is one view of a fixed size in a llava model; leave the grid out")
     vision, wanted = config.vision_config, config.vision_feature_layer
     if vision.model_type != "clip_vision_model":
         raise UserError(
@@ -73,6 +79,11 @@ def tower(config: Any) -> Tower:
         features=features,
         width=vision.hidden_size * len(features),
     )
+
+
+def pixel_values(config: Any, grid: Grid | None) -> list[int | str]:
+    """Dimensions of the vision graph's input."""
+    return ["images", 3, config.vision_config.image_size, config.vision_config.image_size]
 
 
 def unused(config: Any, name: str) -> str | None:
@@ -93,16 +104,17 @@ class Vision(nn.Module):
 
     Args:
         config: transformers' LlavaConfig.
+        grid: None.
         taps: None: with the projector, what the decoder reads. Otherwise without it: the tower's rows and
             what the taps ask for, which may be layers after the feature layer.
     """
 
-    def __init__(self, config: Any, taps: VisionTaps | None) -> None:
+    def __init__(self, config: Any, grid: Grid | None, taps: VisionTaps | None) -> None:
         from transformers import AutoModel
 
         super().__init__()
         config.vision_config._attn_implementation = "sdpa"
-        geometry = tower(config)
+        geometry = tower(config, grid)
         self.taps = taps or VisionTaps()
         self.features, self.drop_cls = geometry.features, config.vision_feature_select_strategy == "default"
         attention = ("cls_attention", "received_attention", "joint_attention", "keys")
