@@ -25,7 +25,6 @@ from tokenizers.processors import TemplateProcessing
 
 from trimvlm.bundle import (
     Entry,
-    ImageProcessing,
     Manifest,
     PromptTemplate,
     TextProcessing,
@@ -33,6 +32,7 @@ from trimvlm.bundle import (
     write_manifest,
     write_whole,
 )
+from trimvlm.image_processing import SingleView
 from trimvlm.profile import Decisions, LayerRule, Method, ModelSpec, Profile, Select
 from trimvlm.rules import LastRowAttention
 
@@ -128,8 +128,8 @@ def toy_answer(visual_ND: np.ndarray, prompt_ids: list[int], prompt_length: int,
 
 def toy_pixels(value: float) -> np.ndarray:
     """Float32 pixels whose visual row sums are four distinct multiples of 1/2."""
-    pixels = np.zeros((3, 4, 4), np.float32)
-    pixels[0] = np.kron(np.array([[value, value + 3], [value + 1, value + 2]]), np.ones((2, 2)))
+    pixels = np.zeros((1, 3, 4, 4), np.float32)
+    pixels[0, 0] = np.kron(np.array([[value, value + 3], [value + 1, value + 2]]), np.ones((2, 2)))
     return pixels
 
 
@@ -176,10 +176,9 @@ def write_toy_bundle(out: Path, *, dtype: str = "float32", eos: tuple[int, ...] 
         producer="test",
         model=spec,
         dtype=dtype,
-        image=ImageProcessing(
+        image=SingleView(
             resize=4, resample=3, crop=(4, 4), rescale=1 / 255, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
         ),
-        image_size=(4, 4),
         text=TextProcessing(
             tokenizer="tokenizer.json",
             image_token="<image>",

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from trimvlm.bundle import Bundle, Engine, Entry, Manifest
 from trimvlm.errors import UserError
+from trimvlm.images import pixel_shape
 from trimvlm.schedule import Schedule
 from trimvlm.target import Target
 from trimvlm.value import Value
@@ -140,7 +141,7 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
             f"{target.name} takes; export it again"
         )
     weights = {file: manifest.files[file].sha256 for file in manifest.weights}
-    height, width = manifest.image_size
+    _, _, height, width = pixel_shape(manifest.image, manifest.model.grid)
     found: dict[Role, Part] = {
         "vision": Part(
             graph=entry.vision,

@@ -66,7 +66,7 @@ def export(
     if stage:
         check_tower(stage, geometry, spec.visual_tokens)
     router = find_weights(profile, beside)
-    image, image_size = image_processing(checkpoint)
+    image = image_processing(checkpoint)
     text = text_processing(checkpoint)
     before = _existing(out, spec, dtype)
     choices = gather_choices(before, profile, schedule)
@@ -93,7 +93,6 @@ def export(
             tower=geometry,
             dtype=dtype,
             image=image,
-            image_size=image_size,
             text=msgspec.structs.replace(text, tokenizer=f"{CHECKPOINT}/{text.tokenizer}"),
             weights=source.weight_files,
             ignored_tensors=_ignored(source, before),

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trimvlm.bundle import ImageProcessing, PromptTemplate, TextProcessing
+from trimvlm.bundle import PromptTemplate, TextProcessing
 from trimvlm.errors import UserError
+from trimvlm.image_processing import ImageProcessing, SingleView
 from trimvlm.images import make_preprocessor
 from trimvlm.text import Turn, encode, load_tokenizer, render
 from trimvlm_export.chat_template import freeze_template, not_frozen, render_by_template
@@ -28,8 +29,8 @@ SIZES = ((64, 64), (97, 53), (41, 160), (1, 7), (700, 351))
 TEXTS = ("What is it?", "  a <b> & 'c' {{ d }}\n\nline ", "Wie groß\u200b ist 猫?")
 
 
-def image_processing(checkpoint: Path | str) -> tuple[ImageProcessing, tuple[int, int]]:
-    """The checkpoint's image processing and the (height, width) that it makes of every image.
+def image_processing(checkpoint: Path | str) -> ImageProcessing:
+    """The checkpoint's image processing.
 
     Raises:
         UserError: no image processor in the checkpoint, a step that trimvlm does not know (padding, tiles),
@@ -42,7 +43,7 @@ def image_processing(checkpoint: Path | str) -> tuple[ImageProcessing, tuple[int
             f"{checkpoint}: image processor {kind}: do_pad is not supported, only resize and crop"
         )
     size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
-    frozen = ImageProcessing(
+    frozen = SingleView(
         resize=_resize(checkpoint, size) if processor.do_resize else None,
         resample=int(processor.resample),
         crop=(crop["height"], crop["width"]) if crop else None,
@@ -63,7 +64,7 @@ def image_processing(checkpoint: Path | str) -> tuple[ImageProcessing, tuple[int
             f"vision tower takes {tower} x {tower}; correct the one or the other"
         )
     _prove_images(checkpoint, processor, frozen)
-    return frozen, image_size
+    return frozen
 
 
 def text_processing(checkpoint: Path | str) -> TextProcessing:
@@ -135,7 +136,7 @@ def _prove_images(checkpoint: Path | str, processor: Any, frozen: ImageProcessin
     random = np.random.default_rng(0)
     for width, height in SIZES:
         image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
-        theirs = np.asarray(processor(images=image)["pixel_values"][0])
+        theirs = np.asarray(processor(images=image)["pixel_values"])
         ours = preprocess(image)
         if ours.shape != theirs.shape or np.any(np.abs(ours - theirs) > 1.01 * level):
             raise UserError(

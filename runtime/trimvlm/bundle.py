@@ -62,6 +62,7 @@ import msgspec
 
 from trimvlm.encoder_rules import Tower
 from trimvlm.errors import UserError
+from trimvlm.image_processing import ImageProcessing
 from trimvlm.profile import ModelSpec, Profile, to_profile
 from trimvlm.router_spec import Choice
 from trimvlm.value import Value
@@ -71,25 +72,6 @@ MANIFEST = "manifest.json"
 
 Lowering = Literal["fused", "primitive"]
 Dtype = Literal["float32", "float16"]
-
-
-class ImageProcessing(Value, frozen=True, kw_only=True):
-    """Image preprocessing, frozen from the checkpoint's processor. Steps run in this order.
-
-    Attributes:
-        resize: shortest edge in pixels (int), exact (height, width), or None.
-        resample: Pillow's filter number (2 bilinear, 3 bicubic).
-        crop: centre crop (height, width), or None.
-        rescale: factor on 0..255 values.
-        mean, std: per channel, after rescaling.
-    """
-
-    resize: int | tuple[int, int] | None
-    resample: int
-    crop: tuple[int, int] | None
-    rescale: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 class PromptTemplate(Value, frozen=True, kw_only=True):
@@ -172,7 +154,6 @@ class Manifest(Value, frozen=True, kw_only=True):
     tower: Tower | None = None
     dtype: Dtype
     image: ImageProcessing
-    image_size: tuple[int, int]
     text: TextProcessing
     weights: tuple[str, ...]
     ignored_tensors: dict[str, str]

@@ -17,20 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from trimvlm.bundle import ImageProcessing
 from trimvlm.errors import UserError
+from trimvlm.image_processing import ImageProcessing
+from trimvlm.profile import Grid
 
 ImageSource: TypeAlias = "Image.Image | Path | str | bytes"
 
 MOST_PIXELS = 90_000_000  # after resizing; Pillow's own limit for a decoded image
 
 
-def make_preprocessor(processing: ImageProcessing) -> Callable[[ImageSource], NDArray[np.float32]]:
+def make_preprocessor(
+    processing: ImageProcessing, grid: Grid | None = None
+) -> Callable[[ImageSource], NDArray[np.float32]]:
     """Resolves the options once into a plain function.
 
     Returns:
-        A function from an image (a file's path or bytes, or a Pillow image) to float32 pixels [3, H, W]. It
-        raises UserError, naming the file, for an image that cannot be read.
+        A function from an image (a file's path or bytes, or a Pillow image) to float32 pixels of that one
+        image, as the vision graph takes them: [1, 3, H, W]. It raises UserError, naming the file, for an
+        image that cannot be read.
     """
     # A pixel has 256 values: the arithmetic of rescaling and normalising (in float64, then float32, as
     # transformers does it) is a table look-up.
@@ -52,9 +56,26 @@ def make_preprocessor(processing: ImageProcessing) -> Callable[[ImageSource], ND
         pixels_HWC = np.asarray(rgb)
         if processing.crop is not None:
             pixels_HWC = centre_crop(pixels_HWC, processing.crop)
-        return np.stack([table[pixels_HWC[..., c]] for c, table in enumerate(table_C256)])
+        return np.stack([table[pixels_HWC[..., c]] for c, table in enumerate(table_C256)])[None]
 
     return preprocess
+
+
+def pixel_shape(processing: ImageProcessing, grid: Grid | None = None) -> tuple[int, ...]:
+    """Shape of one image's pixels.
+
+    Raises:
+        UserError: a grid for a processing without grids, or images of several sizes.
+    """
+    size = processing.crop or processing.resize
+    if grid is not None or not isinstance(size, tuple):
+        raise UserError(f"grid {grid}: every image is one view of a fixed size here; leave the grid out")
+    return (1, 3, *size)
+
+
+def pixel_std(processing: ImageProcessing) -> NDArray[np.float32]:
+    """What differences of pixels are multiplied by to be fractions of full brightness; broadcasts."""
+    return np.array(processing.std, np.float32)[:, None, None]
 
 
 def read_rgb(source: Path | str | bytes) -> Image.Image:

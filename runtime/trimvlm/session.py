@@ -162,7 +162,7 @@ class Session:
         return self._prompter(text, images, raw=raw, history=history)
 
     def preprocess(self, image: ImageSource) -> NDArray[np.float32]:
-        """Pixels float32 [3, H, W] of an image.
+        """Pixels float32 of an image, as the vision graph takes them: [1, 3, H, W].
 
         Raises:
             UserError: it cannot be read.
@@ -214,11 +214,15 @@ class Session:
     def _pixels(self, image: ImageSource | NDArray[np.float32]) -> NDArray[np.float32]:
         if not isinstance(image, np.ndarray):
             return self.preprocess(image)
-        shape = (3, *self.bundle.manifest.image_size)
-        if image.shape != shape or image.dtype != np.float32:
+        ((_, port),) = self._backend.inputs("vision").items()
+        fits = image.ndim == len(port.shape) and all(
+            want in (None, have) for want, have in zip(port.shape, image.shape, strict=True)
+        )
+        if not fits or image.dtype != np.float32:
+            shape = ", ".join("any" if size is None else str(size) for size in port.shape)
             raise UserError(
                 f"an array of {image.dtype} {image.shape} is no image; give pixels from preprocess (float32 "
-                f"{shape}), or PIL.Image.fromarray(frame) of a camera's frame"
+                f"[{shape}]), or PIL.Image.fromarray(frame) of a camera's frame"
             )
         return image
 

@@ -41,7 +41,8 @@ def make_vision(backend: Backend, width: int, encode: Encode | None) -> See:
         encode: the encoder stage, see `make_encoder`; None: the profile has none.
 
     Returns:
-        `see(pixels, timings)`: pixels float32 [3, H, W] of each image; sets `vision` and `select`.
+        `see(pixels, timings)`: pixels of each image, as `make_preprocessor` gives them; sets `vision` and
+        `select`.
     """
 
     def see(images: Sequence[NDArray[np.float32]], timings: Timings) -> VisualRows:
@@ -73,7 +74,7 @@ def make_vision(backend: Backend, width: int, encode: Encode | None) -> See:
 def _run(backend: Backend, pixels: NDArray[np.float32], names: list[str]) -> list[NDArray[np.floating]]:
     """Outputs of the vision graph for one image."""
     ((name, port),) = backend.inputs("vision").items()
-    found = backend.run("vision", {name: pixels[None].astype(port.dtype, copy=False)}, names)
+    found = backend.run("vision", {name: pixels.astype(port.dtype, copy=False)}, names)
     return [found[name] for name in names]
 
 

@@ -111,7 +111,7 @@ def test_graph_equals_reference(
     inputs = tiny_inputs(checkpoint, images=images, seed=5)
     with Reference(model, schedule) as reference, Graph.of(bundle, name, lowering) as session:
         expected = reference.prefill(inputs)
-        visual = session.vision([pixels.numpy() for pixels in inputs["pixel_values"]])
+        visual = session.vision(inputs["pixel_values"].numpy()[:, None])
         np.testing.assert_allclose(visual, reference.features(inputs), atol=1e-4)
         outputs = session.prefill(rows_of(inputs), visual)
         for stage, rows in enumerate(expected.selected):
@@ -213,7 +213,7 @@ def test_half_precision_converts_once_and_refuses_overflow(checkpoint: Path, tmp
     assert (tmp_path / "half" / "checkpoint" / "model.safetensors").stat().st_mtime_ns == mtime
     with Session.open(tmp_path / "half", "late") as session:
         rows = session.prompt("what is w3 ?", 1)
-        logits = session.prefill(rows, session.vision([np.zeros((3, 32, 32), np.float32)]))["logits"]
+        logits = session.prefill(rows, session.vision([np.zeros((1, 3, 32, 32), np.float32)]))["logits"]
     assert logits.dtype == np.float32 and np.isfinite(logits).all()
     huge = changed(checkpoint, tmp_path / "huge", lambda t: t[NORM].fill_(1e6))
     with pytest.raises(UserError, match=r"norm\.weight has values that float16 cannot hold"):

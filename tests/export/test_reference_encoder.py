@@ -123,7 +123,7 @@ def test_rules_equal_reference(vision: Backend, checkpoint: Path, model: Any, na
     pixels = torch.cat([tiny_inputs(checkpoint, images=3, seed=seed)["pixel_values"] for seed in range(3)])
     expected, patches = reduced_features(model, pixels, stage)
     see, timings = make_vision(vision, 64, make_encoder(stage, PATCHES)), Timings()
-    found = see([image.numpy() for image in pixels], timings)
+    found = see(list(pixels.numpy()[:, None]), timings)
     assert expected.shape == found.rows.shape == (len(pixels) * stage.keep, 64)
     np.testing.assert_allclose(found.rows, expected, atol=1e-4)
     assert [chosen.tolist() for chosen in found.chosen] == [chosen.tolist() for chosen in patches]
@@ -177,7 +177,7 @@ def test_session_equals_reference(bundle: Bundle, checkpoint: Path, model: Any, 
     expected, patches = reduced_features(model, pixels, STAGES[name])
     schedule = Schedule.resolve(bundle.profile(name), bundle.manifest.model)
     with Reference(model, schedule, STAGES[name]) as reference, Session.open(bundle, name) as session:
-        arrays = [image.numpy() for image in pixels]
+        arrays = list(pixels.numpy()[:, None])
         found = session.visual(arrays)
         np.testing.assert_array_equal(session.vision(arrays), found.rows)
         outputs = session.prefill(session.prompt("what is the color of w3 ?", 2), found.rows)

@@ -14,8 +14,8 @@ import sklearn.datasets
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
-from trimvlm.bundle import ImageProcessing
 from trimvlm.errors import UserError
+from trimvlm.image_processing import SingleView
 from trimvlm.images import centre_crop, make_preprocessor, read_rgb, resized
 
 SKIMAGE = Path(skimage.data.__file__).parent
@@ -30,11 +30,11 @@ PHOTOGRAPHS = [
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 SETTINGS = {
-    "llava-1.5": ImageProcessing(resize=336, resample=3, crop=(336, 336), rescale=1 / 255, **CLIP),
-    "demo": ImageProcessing(resize=112, resample=3, crop=(112, 112), rescale=1 / 255, **HALF),
-    "siglip": ImageProcessing(resize=(96, 128), resample=2, crop=None, rescale=1 / 255, **HALF),
-    "padded": ImageProcessing(resize=51, resample=1, crop=(70, 85), rescale=1 / 255, **CLIP),
-    "crop only": ImageProcessing(resize=None, resample=3, crop=(33, 47), rescale=1 / 255, **CLIP),
+    "llava-1.5": SingleView(resize=336, resample=3, crop=(336, 336), rescale=1 / 255, **CLIP),
+    "demo": SingleView(resize=112, resample=3, crop=(112, 112), rescale=1 / 255, **HALF),
+    "siglip": SingleView(resize=(96, 128), resample=2, crop=None, rescale=1 / 255, **HALF),
+    "padded": SingleView(resize=51, resample=1, crop=(70, 85), rescale=1 / 255, **CLIP),
+    "crop only": SingleView(resize=None, resample=3, crop=(33, 47), rescale=1 / 255, **CLIP),
 }
 
 
@@ -72,7 +72,7 @@ def agree(name: str, theirs, image, theirs_image=None) -> None:
     """Within one of 255 levels; bit for bit where transformers resizes with Pillow too."""
     setting, processor = SETTINGS[name], theirs[name]
     ours = make_preprocessor(setting)(image)
-    want = np.asarray(processor(images=image if theirs_image is None else theirs_image)["pixel_values"][0])
+    want = np.asarray(processor(images=image if theirs_image is None else theirs_image)["pixel_values"])
     assert ours.dtype == np.float32 and ours.shape == want.shape
     scale = np.array(setting.std)[:, None, None] / setting.rescale
     assert np.abs((ours - want) * scale).max() <= 1.001
@@ -158,7 +158,7 @@ def test_transparency_is_white_in_a_pillow_image_and_dropped_in_a_file(tmp_path:
     image.save(tmp_path / "clear.png")
     preprocess = make_preprocessor(SETTINGS["demo"])
     assert np.all(preprocess(image) == 1)
-    np.testing.assert_array_equal(preprocess(tmp_path / "clear.png")[:, 0, 0], [1, -1, -1])
+    np.testing.assert_array_equal(preprocess(tmp_path / "clear.png")[0, :, 0, 0], [1, -1, -1])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -178,7 +178,7 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path, theirs):
     path = tmp_path / "two.gif"
     frames[0].save(path, save_all=True, append_images=frames[1:])
     agree("demo", theirs, path, str(path))
-    np.testing.assert_array_equal(make_preprocessor(SETTINGS["demo"])(path)[:, 0, 0], [1, -1, -1])
+    np.testing.assert_array_equal(make_preprocessor(SETTINGS["demo"])(path)[0, :, 0, 0], [1, -1, -1])
 
 
 def test_resize_truncates_the_long_edge():

@@ -183,7 +183,11 @@ def test_arguments_are_checked_at_the_call(bundle: Path, tmp_path: Path):
 
 def test_arrays_are_pixels_and_nothing_else(bundle: Path):
     with Session.open(bundle) as session:
-        for frame in (np.zeros((4, 4, 3), np.uint8), np.zeros((3, 5, 5), np.float32)):
+        for frame in (
+            np.zeros((4, 4, 3), np.uint8),
+            np.zeros((3, 4, 4), np.float32),
+            np.zeros((1, 3, 5, 5), np.float32),
+        ):
             with pytest.raises(UserError, match=r"array .*; give pixels .*Image\.fromarray"):
                 session.vision([frame])
 

@@ -41,7 +41,7 @@ def test_the_projector_runs_once_on_the_rows_that_stay() -> None:
     backend: Any = Fake()
     encode = make_encoder(EncoderStage(keep=3, by=RandomOrder(seed=5)), 9)
     see, timings = make_vision(backend, 1, encode), Timings()
-    images = [np.full((3, 2, 2), value, np.float32) for value in (100, 200)]
+    images = [np.full((1, 3, 2, 2), value, np.float32) for value in (100, 200)]
     found = see(images, timings)
     one, two = found.chosen
     assert one.tolist() == two.tolist() and len(one) == 3

@@ -11,6 +11,7 @@ import numpy as np
 
 from trimvlm.bundle import Bundle
 from trimvlm.encoder_rules import EncoderStage
+from trimvlm.images import pixel_std
 from trimvlm.parity import Metric, ParityReport, Rung
 from trimvlm.profile import Decisions
 from trimvlm.schedule import Schedule, resolve
@@ -73,8 +74,8 @@ def check(
             effect_kl.append(kl(dense_answer.logits[:1], wanted.logits[:1]))
             effect_tokens += wanted.tokens != dense_answer.tokens
             image = session.preprocess(question.image)
-            std = np.array(manifest.image.std, np.float32)[:, None, None]
-            pixels = max(pixels, max_abs(image * std, inputs["pixel_values"][0].numpy() * std))
+            std = pixel_std(manifest.image)
+            pixels = max(pixels, max_abs(image * std, inputs["pixel_values"].numpy() * std))
             found = graph_answer(session, question, image, wanted)
             if stage and not all(map(np.array_equal, found.patches, wanted.patches)):
                 wanted = replace(wanted, patches_tie=hf.patches_tie(inputs, stage))
