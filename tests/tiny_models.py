@@ -25,6 +25,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 from trimvlm.profile import Decisions, Method, Profile
@@ -66,6 +67,7 @@ def tiny_llava(
     image_size: int = 32,
     patch_size: int = 8,
     attention_bias: bool = False,
+    qwen2: bool = False,
     tie: bool = False,
     seed: int = 0,
     dtype: str = "float32",
@@ -79,6 +81,7 @@ def tiny_llava(
         path: directory to write, made where missing.
         kv_heads: fewer than `heads` gives grouped-query attention.
         attention_bias: biases on Wq, Wk, Wv, Wo.
+        qwen2: the text model is a Qwen2, with biases on Wq, Wk, Wv.
         tie: the LM head shares the token embeddings.
         dtype: torch dtype name that the weights are saved in.
 
@@ -97,16 +100,15 @@ def tiny_llava(
         hidden_act="gelu",
         projection_dim=32,
     )
-    text = LlamaConfig(
+    text = (Qwen2Config if qwen2 else LlamaConfig)(
         hidden_size=hidden,
         intermediate_size=hidden * 3 // 2,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
         vocab_size=VOCAB,
         max_position_embeddings=512,
-        attention_bias=attention_bias,
+        **({} if qwen2 else {"head_dim": hidden // heads, "attention_bias": attention_bias}),
         tie_word_embeddings=tie,
         pad_token_id=0,
         bos_token_id=1,

@@ -11,7 +11,7 @@ in the stream, P past rows, H heads, G key/value heads, C head size, D width, V 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,25 +37,35 @@ class Decoder(nn.Module):
         config: transformers' text config (`hidden_act` silu, gated MLP).
         schedule: resolved for this model.
         inv_freq: float32 [C/2], rotary frequencies as transformers computes them for this config.
+        axes: with M-RoPE: int64 [C/2], the coordinate that each frequency turns with.
         rope_scale: factor on cos and sin (transformers' `attention_scaling`).
+        biases: projections of a layer that have one, e.g. `q_proj`.
     """
 
-    def __init__(self, config: Any, schedule: Schedule, inv_freq: Tensor, rope_scale: float) -> None:
+    def __init__(
+        self,
+        config: Any,
+        schedule: Schedule,
+        inv_freq: Tensor,
+        rope_scale: float,
+        *,
+        axes: Tensor | None = None,
+        biases: Collection[str] = (),
+    ) -> None:
         super().__init__()
         if config.hidden_act != "silu":
             raise UserError(f"text_config.hidden_act: {config.hidden_act!r} is not supported, only 'silu'")
         self.schedule, self.rope_scale = schedule, rope_scale
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        model = schedule.model
+        self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.head_dim
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, model, biases) for _ in range(model.layers))
         self.norm = Norm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", inv_freq.float(), persistent=False)
+        self.axes: Tensor | None
+        self.register_buffer("axes", axes, persistent=False)
 
     def forward(
         self,
@@ -64,6 +74,8 @@ class Decoder(nn.Module):
         visual: Tensor,
         text_positions: Tensor,
         visual_positions: Tensor,
+        text_coordinates: Tensor | None = None,
+        visual_coordinates: Tensor | None = None,
         router_scores: Tensor | None = None,
         forced: Sequence[Tensor] = (),
         forced_skip: Sequence[Tensor] = (),
@@ -74,7 +86,7 @@ class Decoder(nn.Module):
         """Lists hold one tensor per stage, per layer with keys and values, or per entry of `masks`."""
         text = self.embed_tokens(input_ids)
         index = torch.arange(visual.shape[0])
-        stream = Stream.of(text, text_positions, index[:0])
+        stream = Stream.of(text, text_positions, index[:0], coordinates=text_coordinates)
         run = Run(
             images=visual.shape[0] // self.schedule.visual_tokens,
             forced=forced,
@@ -91,9 +103,13 @@ class Decoder(nn.Module):
                     torch.cat((visual, text if row.layer == 0 else stream.hidden)),
                     torch.cat((visual_positions, text_positions)),
                     index,
+                    coordinates=torch.cat((visual_coordinates, text_coordinates), dim=1)
+                    if visual_coordinates is not None and text_coordinates is not None
+                    else None,
                 )
             if row.layer == self.schedule.exit:
-                stream = Stream.of(stream.hidden[stream.visual :], text_positions, index[:0])
+                text_rows = stream.hidden[stream.visual :]
+                stream = Stream.of(text_rows, text_positions, index[:0], coordinates=text_coordinates)
             stream = self._layer(row, stream, run)
         logits = self.lm_head(self.norm(stream.hidden[-1:]))
         shown = [run.present_visible[stage] for stage in self.schedule.masks]
@@ -260,7 +276,10 @@ class Decoder(nn.Module):
             if self.schedule.positions == "compact":
                 # Ids restart at the length of this layer's cache: rows that were dropped leave no gap.
                 positions = past_key.shape[2] + stream.causal.sum(dim=1) - 1
-            angles = positions.float().unsqueeze(1) * self.inv_freq.unsqueeze(0)
+            turns = positions.unsqueeze(1)
+            if stream.coordinates is not None and self.axes is not None:
+                turns = stream.coordinates.index_select(0, self.axes).transpose(0, 1)
+            angles = turns.float() * self.inv_freq.unsqueeze(0)
             dtype = self.norm.weight.dtype
             stream.memo[memo] = (
                 (torch.cos(angles) * self.rope_scale).to(dtype),

@@ -93,6 +93,7 @@ class Stream:
         hidden: [R, D].
         visual: how many of the R rows are visual (they come first).
         positions: int64 [R], in the full unpruned sequence.
+        coordinates: int64 [3, R], what M-RoPE rotates by; None: it is the positions.
         index: int64 [visual], which rows of the graph's `visual` input are alive, ascending.
         causal: bool [R, R], row i may see row j.
         shown: bool [R], keys that no threshold hides; None: all of them.
@@ -103,6 +104,7 @@ class Stream:
     hidden: Tensor
     visual: int
     positions: Tensor
+    coordinates: Tensor | None
     index: Tensor
     causal: Tensor
     shown: Tensor | None = None
@@ -110,12 +112,21 @@ class Stream:
     memo: dict[Any, Any]
 
     @classmethod
-    def of(cls, hidden: Tensor, positions: Tensor, index: Tensor, shown: Tensor | None = None) -> Stream:
+    def of(
+        cls,
+        hidden: Tensor,
+        positions: Tensor,
+        index: Tensor,
+        *,
+        coordinates: Tensor | None = None,
+        shown: Tensor | None = None,
+    ) -> Stream:
         """A stream of new rows, none of them in skip mode."""
         return cls(
             hidden=hidden,
             visual=index.shape[0],
             positions=positions,
+            coordinates=coordinates,
             index=index,
             causal=positions.unsqueeze(1) >= positions.unsqueeze(0),
             shown=shown,
@@ -127,8 +138,10 @@ class Stream:
         text = torch.arange(self.visual, self.hidden.shape[0])
         rows = torch.cat((kept_K, text))
         hidden, positions = self.hidden.index_select(0, rows), self.positions.index_select(0, rows)
+        coordinates = None if self.coordinates is None else self.coordinates.index_select(1, rows)
         shown = None if self.shown is None else self.shown.index_select(0, rows)
-        return Stream.of(hidden, positions, self.index.index_select(0, kept_K), shown), rows
+        index = self.index.index_select(0, kept_K)
+        return Stream.of(hidden, positions, index, coordinates=coordinates, shown=shown), rows
 
     def show_only(self, shown_visual: Tensor) -> Stream:
         """Hides the visual rows that are False in bool [visual]."""

@@ -47,6 +47,8 @@ def decoder_inputs(schedule: Schedule) -> dict[str, Dims]:
         "text_positions": ["text"],
         "visual_positions": ["visual"],
     }
+    if model.mrope:
+        inputs |= {"text_coordinates": [3, "text"], "visual_coordinates": [3, "visual"]}
     if ranks_by_router(schedule):
         inputs["router_scores"] = ["visual"]
     inputs |= {f"forced.{stage}": [f"forced_{stage}"] for stage in range(len(schedule.stages))}
@@ -87,12 +89,19 @@ def decoder_example(schedule: Schedule, *, dtype: torch.dtype) -> dict[str, Any]
     def past() -> list[torch.Tensor]:
         return [torch.zeros(1, model.kv_heads, past_rows(row), model.head_dim, dtype=dtype) for row in rows]
 
+    mrope = {}
+    if model.mrope:
+        mrope = {
+            "text_coordinates": torch.zeros(3, TEXT, dtype=torch.long),
+            "visual_coordinates": torch.zeros(3, visual, dtype=torch.long),
+        }
     router = {"router_scores": torch.arange(float(visual))} if ranks_by_router(schedule) else {}
     return {
         "input_ids": torch.zeros(TEXT, dtype=torch.long),
         "visual": torch.zeros(visual, model.hidden, dtype=dtype),
         "text_positions": torch.cat((torch.arange(start), torch.arange(start + visual, TEXT + visual))),
         "visual_positions": torch.arange(start, start + visual),
+        **mrope,
         **router,
         "forced": [torch.arange(IMAGES * row.after) for row in schedule.stages],
         "forced_skip": [torch.arange(IMAGES * row.skipped) for row in schedule.skip_stages],
@@ -104,4 +113,6 @@ def decoder_example(schedule: Schedule, *, dtype: torch.dtype) -> dict[str, Any]
 
 def is_dynamic(name: str, dimension: int) -> bool:
     """Which dimensions of the example vary."""
-    return dimension == (2 if name in {"past_key", "past_value"} else 0)
+    return dimension == {"past_key": 2, "past_value": 2, "text_coordinates": 1, "visual_coordinates": 1}.get(
+        name, 0
+    )

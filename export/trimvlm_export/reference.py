@@ -1,4 +1,4 @@
-"""The reference: the untouched Hugging Face LLaVA under a Schedule, by hooks and masks over all rows.
+"""The reference: the untouched Hugging Face model under a Schedule, by hooks and masks over all rows.
 
 Slow, obvious and close to the papers: every row is computed in every layer, and what a Schedule removes is
 made invisible (keys) or has its contribution taken back (attention and FFN outputs). It is the oracle that
@@ -6,7 +6,7 @@ the exported decoder is compared with, so it shares weights and the Schedule wit
 
 How to use it (one prompt at a time, the model best loaded in float32):
 
-    model = LlavaForConditionalGeneration.from_pretrained(directory, dtype="float32").eval()
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype="float32").eval()
     inputs = processor(images=image, text=prompt, return_tensors="pt")
     with Reference(model, schedule) as reference:
         run = reference.prefill(inputs)            # run.logits, run.selected, ...: see Prefill
@@ -26,12 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from inspect import signature
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers import DynamicCache
 
 from trimvlm.encoder_rules import EncoderStage
 from trimvlm.errors import UserError
@@ -44,10 +46,10 @@ from trimvlm_export.reference_rows import ATTENTION, PromptRows, cut_images
 
 
 class Reference:
-    """A LLaVA model under a Schedule. See the module's text.
+    """A vision-language model under a Schedule. See the module's text.
 
     Args:
-        model: in evaluation mode.
+        model: of transformers, in evaluation mode.
         schedule: what to follow.
         encoder: the encoder stage that the Schedule was made for: features are then reduced by it, and
             prompts of the whole image cut accordingly. Without it, features and prompts that have been
@@ -62,7 +64,7 @@ class Reference:
 
     def __init__(
         self,
-        model: LlavaForConditionalGeneration,
+        model: Any,
         schedule: Schedule,
         encoder: EncoderStage | None = None,
     ) -> None:
@@ -111,8 +113,10 @@ class Reference:
             from trimvlm_export.reference_encoder import reduced_features
 
             return reduced_features(self.model, pixels, self.encoder)
-        output: Any = self.model.get_image_features(pixel_values=pixels, return_dict=True)
-        return torch.cat(list(output.pooler_output), dim=0), []
+        wanted = signature(self.model.get_image_features).parameters
+        given = {name: value for name, value in inputs.items() if name in wanted}
+        output = self.model.get_image_features(**{**given, "pixel_values": pixels}, return_dict=True)
+        return torch.cat([rows.flatten(0, -2) for rows in output.pooler_output]), []
 
     @torch.no_grad()
     def prefill(
@@ -122,6 +126,7 @@ class Reference:
         forced: Sequence[np.ndarray] | None = None,
         forced_skip: Sequence[np.ndarray] | None = None,
         features: torch.Tensor | None = None,
+        patches: Sequence[np.ndarray] = (),
         router_scores: np.ndarray | None = None,
         resume: tuple[int, np.ndarray] | None = None,
         detail: bool = True,
@@ -133,6 +138,7 @@ class Reference:
             forced: per selection, visual rows that replace it.
             forced_skip: per skip stage, visual rows that are in skip mode from there on instead.
             features: what `features(inputs)` gave before, where many runs share an image.
+            patches: what `encode(inputs)` gave with them.
             router_scores: float32 [M*N], what selections by `router` rank.
             resume: a layer and its input [S, D], `hidden[layer]` of a dense run of this prompt: only this
                 layer and those after it are run. What is recorded of the layers before is empty, and such a
@@ -149,10 +155,14 @@ class Reference:
         image_token = self.model.config.image_token_id
         tokens = self.schedule.model.visual_tokens if self.encoder else self.schedule.visual_tokens
         rows = PromptRows.of(ids, inputs.get("attention_mask"), image_token, tokens)
+        projected, patches = self.encode(inputs) if features is None else (features, patches)
+        coordinates = self._coordinates(ids, inputs) if self.schedule.model.mrope else None
         if self.encoder is not None:
+            if coordinates is not None:
+                coordinates = rows.cut(coordinates, patches)
             ids = cut_images(ids, image_token, tokens, self.encoder.keep)
             rows = PromptRows.of(ids, None, image_token, self.encoder.keep)
-        projected = self.features(inputs) if features is None else features
+        rows = replace(rows, coordinates=coordinates)
         if len(projected) != len(rows.visual):
             raise UserError(
                 f"the prompt has {len(rows.visual)} image tokens, but its images give {len(projected)}; "
@@ -201,6 +211,7 @@ class Reference:
         forced: Sequence[np.ndarray] | None = None,
         forced_skip: Sequence[np.ndarray] | None = None,
         features: torch.Tensor | None = None,
+        patches: Sequence[np.ndarray] = (),
         router_scores: np.ndarray | None = None,
     ) -> list[int]:
         """Greedy ids of the answer, the end token included where it was reached."""
@@ -212,6 +223,7 @@ class Reference:
             forced=forced,
             forced_skip=forced_skip,
             features=features,
+            patches=patches,
             router_scores=router_scores,
             detail=False,
         ).logits
@@ -227,10 +239,14 @@ class Reference:
     def _forward(self, embedded: torch.Tensor) -> np.ndarray:
         """Logits [V] of the last row of `embedded` [1, rows, D]."""
         assert self._run is not None
-        out = self.model(
-            inputs_embeds=embedded, past_key_values=self._run.cache, use_cache=True, logits_to_keep=1
-        )
-        return out.logits[0, -1].float().cpu().numpy()
+        out = self._decoder(inputs_embeds=embedded, past_key_values=self._run.cache, use_cache=True)
+        return self.model.lm_head(out.last_hidden_state[0, -1]).float().cpu().numpy()
+
+    def _coordinates(self, ids: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """M-RoPE coordinates [3, S] of all rows, by the model's own rule."""
+        images = (ids == self.model.config.image_token_id).int()
+        found, _ = self.model.model.get_rope_index(ids, images, inputs.get("image_grid_thw"))
+        return found[:, 0]
 
     @contextmanager
     def _layers_from(self, first: int) -> Iterator[None]:

@@ -92,12 +92,12 @@ class PromptRun:
 
     def view(self, row: Row, hidden: torch.Tensor) -> dict[str, Any]:
         """What the attention is given: RoPE angles, visible keys, and what happens after the softmax."""
-        rows, live, compact = self.rows, self.prefill.live[row.layer], self.schedule.positions == "compact"
+        rows, live = self.rows, self.prefill.live[row.layer]
         shown = ~self._masked_at[row.layer]
         after: dict[str, Any] = {}
         if self.decoding:
-            first = live.sum() if compact else len(live)
-            ids = torch.tensor([[first + self.generated]])
+            ids = torch.tensor([[rows.next_position(live, self.schedule.positions) + self.generated]])
+            ids = ids if rows.coordinates is None else ids.expand(3, 1, 1)
             kept = (rows.is_text | (live & (row.cache == "live"))) & shown
             generated = np.ones(self.generated + 1, dtype=bool)
             visible = torch.from_numpy(np.concatenate([kept, generated]))[None]

@@ -6,6 +6,7 @@ size, Q query rows, P keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,13 @@ class PromptRows:
         is_text: bool [S].
         visual: int64 [M*N], sequence index of each visual row.
         images: M.
+        coordinates: int64 [3, S] for M-RoPE; None: the positions say it all.
     """
 
     is_text: np.ndarray
     visual: np.ndarray
     images: int
+    coordinates: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -55,9 +58,28 @@ class PromptRows:
         return cls(is_text=is_text, visual=visual, images=images)
 
     def position_ids(self, live: np.ndarray, positions: str) -> torch.Tensor:
-        """RoPE positions [1, S]: the place in the full sequence, or (`compact`) the place among live rows."""
+        """RoPE positions [1, S]: the place in the full sequence, or (`compact`) the place among live rows;
+        with M-RoPE [3, 1, S]."""
+        if self.coordinates is not None:
+            return self.coordinates[:, None]
         places = np.maximum(live.cumsum() - 1, 0) if positions == "compact" else np.arange(len(live))
         return torch.from_numpy(places.astype(np.int64))[None]
+
+    def next_position(self, live: np.ndarray, positions: str) -> int:
+        """RoPE position of the first generated token."""
+        if self.coordinates is not None:
+            return int(self.coordinates.max()) + 1
+        return int(live.sum()) if positions == "compact" else len(live)
+
+    def cut(self, coordinates: torch.Tensor, patches: Sequence[np.ndarray]) -> torch.Tensor:
+        """`coordinates` [3, S] of the text rows and, of each image, of the rows numbered in `patches`."""
+        assert len(patches) == self.images, "give the patches that the encoder stage chose"
+        whole = self.visual.reshape(self.images, -1)
+        order = np.arange(len(self.is_text)).tolist()
+        for image, chosen in zip(whole, patches, strict=True):
+            start = order.index(image[0])
+            order[start : start + len(image)] = image[chosen].tolist()
+        return coordinates[:, order]
 
     def causal(self, live: np.ndarray) -> torch.Tensor:
         """Visibility bool [S, S]: a row sees live keys that do not come after it."""

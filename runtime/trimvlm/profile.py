@@ -46,6 +46,8 @@ class ModelSpec(Value, frozen=True, kw_only=True):
         grid: rows and columns of visual tokens that an image covers, where images of different shapes give
             different ones; without the tokens of an overview of the whole image and those that end a row.
             None: every image is one view of a fixed size.
+        mrope: rotary angles follow three coordinates (time, row, column) instead of one position (Qwen2-VL,
+            section 2.1).
     """
 
     family: str
@@ -59,6 +61,7 @@ class ModelSpec(Value, frozen=True, kw_only=True):
     vocab: int
     visual_tokens: int
     grid: Grid | None = None
+    mrope: bool = False
 
     def __post_init__(self) -> None:
         for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "visual_tokens"):

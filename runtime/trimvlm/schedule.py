@@ -182,7 +182,7 @@ def resolve(decisions: Decisions, model: ModelSpec) -> Schedule:
     last = model.layers
     exit_ = last if decisions.exit is None else decisions.exit
     exceptions = _per_layer(decisions.layers, last)
-    check_whole(decisions, last, exit_, exceptions)
+    check_whole(decisions, model, exit_, exceptions)
     check_encoder(decisions.encoder, model)
     visual_tokens = decisions.encoder.keep if decisions.encoder else model.visual_tokens
     selects = _selections(decisions.select, decisions.inject, exit_)

@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 TENSORRT_TOPK_LIMIT = 3840  # documented limit of TensorRT's TopK operator
 
 
-def check_whole(decisions: Decisions, last: int, exit_: int, said: dict[int, dict[str, Any]]) -> None:
+def check_whole(decisions: Decisions, model: ModelSpec, exit_: int, said: dict[int, dict[str, Any]]) -> None:
     """What holds for all layers together; `said` is the union of the rules per layer."""
+    last = model.layers
     if not 0 <= decisions.inject < last:
         raise UserError(f"inject: layer {decisions.inject} is not within 0..{last - 1}")
     if not decisions.inject < exit_ <= last:
         raise UserError(f"exit: layer {exit_} is not within {decisions.inject + 1}..{last}")
     if decisions.positions == "compact":
+        if model.mrope:
+            raise UserError(
+                "positions: compact ids are single numbers, and this model rotates by rows and columns; "
+                "positions: persistent"
+            )
         if decisions.inject:
             raise UserError("positions: late injection needs persistent position ids")
         for layer, fields in said.items():

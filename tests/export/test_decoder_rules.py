@@ -36,7 +36,7 @@ def stream_of(visual: int = V, shown: list[bool] | None = None) -> Stream:
         drawn(len(places), D),
         places,
         torch.arange(visual),
-        None if shown is None else torch.tensor(shown[:visual] + [True] * len(TEXT)),
+        shown=None if shown is None else torch.tensor(shown[:visual] + [True] * len(TEXT)),
     )
 
 
@@ -197,7 +197,7 @@ def test_a_row_that_sees_no_key_gets_zeros() -> None:
     row = Row(layer=0, live=2, after=2, visual_keys="none")
     out = attended(row=row, stream=stream, **few).output("additive")
     assert not out[:, :, :2].any() and out[:, :, 2].all()
-    hiding = Stream.of(stream.hidden, stream.positions, stream.index, torch.tensor([False, True, True]))
+    hiding = Stream.of(stream.hidden, stream.positions, stream.index, shown=torch.tensor([False, True, True]))
     out = attended(row=Row(layer=0, live=2, after=2, masked_by=0), stream=hiding, **few).output("additive")
     assert not out[:, :, 0].any() and out[:, :, 1:].all()
 

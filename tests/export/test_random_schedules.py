@@ -55,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mha": {"layers": 5},
     "gqa-bias-tied": {"layers": 5, "kv_heads": 2, "attention_bias": True, "tie": True, "seed": 1},
     "mqa-3-by-3": {"layers": 8, "kv_heads": 1, "image_size": 24, "seed": 2},
+    "qwen2": {"layers": 5, "kv_heads": 2, "qwen2": True, "seed": 3},
     "two-layers": {"layers": 2},
 }
 
@@ -207,7 +208,7 @@ def graphs_agree(case: Case, source: Source, name: str, theirs: list[dict[str, n
 
 @pytest.mark.parametrize("number", range(SCHEDULES))
 def test_decoder_equals_reference(checkpoints: Path, number: int) -> None:
-    model, spec, source = loaded(checkpoints, list(MODELS)[number % 3])
+    model, spec, source = loaded(checkpoints, list(MODELS)[number % 4])
     case = case_of(number, spec)
     theirs = expected(case, model)
     agree(eager(case, source), theirs)
