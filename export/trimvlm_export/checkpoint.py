@@ -89,6 +89,12 @@ def weight_files(directory: Path) -> list[Path]:
         ]
     else:
         files = sorted(directory.glob("*.safetensors"))
+    if not files and (pickled := sorted(directory.glob("pytorch_model*.bin"))):
+        raise UserError(
+            f"{directory}: only pickled weights here ({pickled[0].name}), which are never read; convert each file "
+            "where you trust it: safetensors.torch.save_file(torch.load('pytorch_model.bin', "
+            "weights_only=True), 'model.safetensors')"
+        )
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise UserError(
@@ -167,8 +173,11 @@ def load_config(directory: Path) -> Any:
     """
     from transformers import AutoConfig
 
+    from trimvlm_export import families
+
     weight_files(directory)
-    try:
+    try:  # a family that transformers does not have tells it about itself when it is imported
+        families.of(json.loads((directory / "config.json").read_text()).get("model_type"))
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"{directory}: config.json cannot be used: {str(error).splitlines()[0]}") from None
