@@ -1,19 +1,21 @@
 """The encoder stage in the reference: the untouched tower with its own attention outputs, rules as loops.
 
-Shapes: M images, N patches, S tower rows ([CLS], then patches), E tower width, D model width, K rows kept.
+Shapes: M images, D model width, K rows kept of one image.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from trimvlm.encoder_rules import EncoderStage
+from trimvlm_export import families
 from trimvlm_export.reference_encoder_rules import View, reduce
 
 # What two implementations in float32 differ by; a choice that such noise changes is a tie.
@@ -22,100 +24,70 @@ DISTURBANCE, TRIES = 1e-5, 8
 
 @torch.no_grad()
 def reduced_features(
-    model: Any, pixel_values: Tensor, stage: EncoderStage
+    model: Any, inputs: Mapping[str, Any] | Tensor, stage: EncoderStage
 ) -> tuple[Tensor, list[np.ndarray]]:
     """Visual rows of images under an encoder stage, as the decoder gets them.
 
     Args:
-        model: transformers' LlavaForConditionalGeneration.
-        pixel_values: float [M, 3, H, W].
+        model: transformers' model of a family that has `reference_views`.
+        inputs: what its processor gives: `pixel_values` and what goes with them; or those alone.
 
     Returns:
-        Projector outputs [M * K, D], image by image, and for each image the patches that its rows stem from,
-        int64, in the order of the rows.
+        Projector outputs [M * K, D], image by image and view by view, and for each image the visual tokens
+        that its rows stem from, int64, in the order of the rows, numbered through its views.
     """
+    inputs = _mapping(inputs)
+    family = families.of(model.config.model_type)
     rows, chosen = [], []
-    for view in _views(model, pixel_values):
-        features_KE, patches = reduce(stage, view)
-        rows.append(torch.as_tensor(features_KE).to(pixel_values))
-        chosen.append(patches)
-    return model.model.multi_modal_projector(torch.stack(rows)).flatten(0, 1), chosen
+    for image in family.reference_views(model, inputs):
+        per_view, found = _per_view(stage, image.count), []
+        for number in range(image.count):
+            view = image.see(number)
+            features_KE, patches = reduce(per_view, view)
+            rows.append(torch.as_tensor(features_KE).to(inputs["pixel_values"]))
+            found.append(number * view.patches + patches)
+        chosen.append(np.concatenate(found))
+    return family.reference_project(model, torch.cat(rows)), chosen
 
 
 @torch.no_grad()
-def hangs_on_rounding(model: Any, pixel_values: Tensor, stage: EncoderStage) -> bool:
-    """Whether other patches are chosen of some image when all that the tower computed moves by `DISTURBANCE`
+def hangs_on_rounding(model: Any, inputs: Mapping[str, Any] | Tensor, stage: EncoderStage) -> bool:
+    """Whether other tokens are chosen of some image when all that the tower computed moves by `DISTURBANCE`
     of its largest value: rules that choose step by step (VisPruner) carry one tie through all later steps."""
     random = np.random.default_rng(0)
-    for view in _views(model, pixel_values):
-        _, patches = reduce(stage, view)
-        for _ in range(TRIES):
-            _, others = reduce(stage, _disturbed(view, random))
-            if patches.tolist() != others.tolist():
-                return True
+    for image in families.of(model.config.model_type).reference_views(model, _mapping(inputs)):
+        per_view = _per_view(stage, image.count)
+        for number in range(image.count):
+            view = image.see(number)
+            _, patches = reduce(per_view, view)
+            for _ in range(TRIES):
+                _, others = reduce(per_view, _disturbed(view, random))
+                if patches.tolist() != others.tolist():
+                    return True
     return False
 
 
-def _views(model: Any, pixel_values: Tensor) -> Iterator[View]:
-    """What the tower computes for each image."""
-    tower, wanted = model.model.vision_tower, model.config.vision_feature_layer
-    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
-    with _eager(tower), _projections(tower) as projections:
-        seen = tower(pixel_values, output_attentions=True, output_hidden_states=True)
-    for image in range(len(pixel_values)):
-        yield View(
-            attentions=[_numpy(layer[image]) for layer in seen.attentions],
-            states=[_numpy(state[image]) for state in seen.hidden_states],
-            queries=[_numpy(layer[image]) for layer in projections["q_proj"]],
-            keys=[_numpy(layer[image]) for layer in projections["k_proj"]],
-            features=_numpy(torch.cat([seen.hidden_states[n][image] for n in wanted], dim=-1)),
-        )
+def _mapping(inputs: Mapping[str, Any] | Tensor) -> Mapping[str, Any]:
+    return {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
+
+
+def _per_view(stage: EncoderStage, views: int) -> EncoderStage:
+    """The stage for one of several views, which share its budget equally."""
+    assert stage.keep % views == 0, (stage.keep, views)
+    return msgspec.structs.replace(stage, keep=stage.keep // views)
 
 
 def _disturbed(view: View, random: np.random.Generator) -> View:
-    """The same with Gaussian noise on every array."""
+    """The same with Gaussian noise on every array that rules read."""
 
     def noisy(array: np.ndarray) -> np.ndarray:
         noise = random.normal(0.0, DISTURBANCE * np.abs(array).max(), array.shape)
         return (array + noise).astype(array.dtype)
 
-    return View(
+    return replace(
+        view,
         attentions=[noisy(each) for each in view.attentions],
         states=[noisy(each) for each in view.states],
         queries=[noisy(each) for each in view.queries],
         keys=[noisy(each) for each in view.keys],
-        features=view.features,
     )
-
-
-@contextlib.contextmanager
-def _eager(tower: Any) -> Iterator[None]:
-    """Attention weights exist only where attention is computed step by step."""
-    before = tower.config._attn_implementation
-    tower.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        tower.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
-def _projections(tower: Any) -> Iterator[dict[str, list[Tensor]]]:
-    """Collects what `q_proj` and `k_proj` of every layer give, biases included: [M, S, E] each."""
-    found: dict[str, list[Tensor]] = {"q_proj": [], "k_proj": []}
-    hooks = [
-        getattr(layer.self_attn, name).register_forward_hook(
-            lambda module, inputs, output, name=name: found[name].append(output)
-        )
-        for layer in tower.encoder.layers
-        for name in found
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.float().cpu().numpy()

@@ -1,6 +1,7 @@
 """The encoder stage's rules as the papers tell them, token by token. Slow, and nothing but loops.
 
-Shapes: N patches, S tower rows ([CLS], then patches), H heads, E tower width, K rows kept.
+Shapes: N visual tokens of one view ("patches" in the papers), S tower rows ([CLS] where there is one, then
+the tower's own patches), H heads, E tower width, E' width that the projector reads, K rows kept.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from trimvlm.rules import RandomOrder
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What the tower computed for one image, float32.
+    """What the tower computed for one view, float32.
 
     Attributes:
         attentions: per layer [H, S, S].
         states: per hidden state [S, E].
         queries, keys: per layer the projections [S, E], biases included.
-        features: [S, E'], what the projector reads.
+        features: [N, E'], what the projector reads; with [CLS] before it where that is a row, too.
+        cls: row 0 of the tower is [CLS].
+        tokens: int64 [N, k], the tower rows that each visual token is made of; None: each patch is a token.
     """
 
     attentions: Sequence[np.ndarray]
@@ -31,19 +34,33 @@ class View:
     queries: Sequence[np.ndarray]
     keys: Sequence[np.ndarray]
     features: np.ndarray
+    cls: bool = True
+    tokens: np.ndarray | None = None
 
     @property
     def patches(self) -> int:
         """N."""
-        return len(self.features) - 1
+        return len(self.features) - self.cls if self.tokens is None else len(self.tokens)
+
+    def rows(self, patch: int) -> list[int]:
+        """Tower rows of a visual token."""
+        return [self.cls + patch] if self.tokens is None else self.tokens[patch].tolist()
+
+    def feature(self, patch: int) -> np.ndarray:
+        """[E'], what the projector reads of a visual token."""
+        return self.features[len(self.features) - self.patches + patch]
+
+    def state(self, number: int, patch: int) -> np.ndarray:
+        """[E], a hidden state of a visual token, mean over its rows."""
+        return self.states[number][self.rows(patch)].mean(axis=0)
 
     def cls_attention(self, layer: int) -> list[float]:
-        """Attention of [CLS] to each patch, mean over heads."""
-        return [float(self.attentions[layer][:, 0, 1 + p].mean()) for p in range(self.patches)]
+        """Attention of [CLS] to each visual token, mean over heads and over its rows."""
+        return [float(self.attentions[layer][:, 0, self.rows(p)].mean()) for p in range(self.patches)]
 
     def received(self, layer: int) -> list[float]:
-        """Attention that each patch receives, mean over heads and rows."""
-        return [float(self.attentions[layer][:, :, 1 + p].mean()) for p in range(self.patches)]
+        """Attention that each visual token receives, mean over heads, all rows and its own."""
+        return [float(self.attentions[layer][:, :, self.rows(p)].mean()) for p in range(self.patches)]
 
     def ranking(self, rule: MsvPrune | VisPruner) -> list[float]:
         """The attention that the rule ranks by."""
@@ -67,7 +84,7 @@ def reduce(stage: EncoderStage, view: View) -> tuple[np.ndarray, np.ndarray]:
         else:
             chosen = _random(rule, keep, view)
         chosen = sorted(chosen)
-        rows = [view.features[1 + p] for p in chosen]
+        rows = [view.feature(p) for p in chosen]
     return np.stack(rows).astype(np.float32), np.array(chosen, np.int64)
 
 
@@ -107,7 +124,8 @@ def _vispruner(rule: VisPruner, keep: int, view: View) -> list[int]:
     residual, wanted = order[important:], keep - important
     if not wanted:
         return order[:important]
-    states = view.states[rule.features][1:].astype(np.float64)  # near doubles decide
+    # Near doubles decide: float64.
+    states = [view.state(rule.features, p).astype(np.float64) for p in range(view.patches)]
     while len(residual) > wanted:
         pairs = len(residual) // 2
         evens = [residual[2 * i] for i in range(pairs)]
@@ -125,7 +143,7 @@ def _msv_prune(rule: MsvPrune, keep: int, view: View) -> list[int]:
     if not missing:
         return anchors
     rest = [p for p in range(view.patches) if p not in anchors]
-    last, middle = view.states[rule.last][1:], view.states[rule.middle][1:]
+    last, middle = ([view.state(n, p) for p in range(view.patches)] for n in (rule.last, rule.middle))
     near = {p: max((_cosine(last[p], last[a]) for a in anchors), default=0.0) for p in rest}
     clusters = _clusters([last[p] for p in rest], rule)
     groups = [[p for p, c in zip(rest, clusters, strict=True) if c == k] for k in range(rule.clusters)]

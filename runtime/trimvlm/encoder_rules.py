@@ -23,15 +23,20 @@ class Tower(Value, frozen=True, kw_only=True):
         layers: how many it has.
         patches: patches of one image, N.
         cls: row 0 is [CLS], patch p is row p + 1; without, patch p is row p.
+        hidden_cls: there is a [CLS] whose attention can be read, but which is no row of what the projector
+            reads. Patches may then be groups of the tower's own (pixel shuffle): taps are means over a group.
         features: hidden states, beside one another, that the projector reads.
         width: of a row that the projector reads.
+        views: that one image is cut into; an encoder stage reduces each of them alone.
     """
 
     layers: int
     patches: int
     cls: bool
+    hidden_cls: bool = False
     features: tuple[int, ...]
     width: int
+    views: int = 1
 
 
 class VisionTaps(Value, frozen=True, kw_only=True):
@@ -188,11 +193,16 @@ def check_tower(stage: EncoderStage, tower: Tower, visual_tokens: int) -> None:
     """
     rule, wanted = stage.by, taps(stage.by)
     name = rule_name(rule)
-    if visual_tokens != tower.patches:
+    if tower.cls and tower.views == 1 and visual_tokens == tower.patches + 1:
         raise UserError(
             f"encoder: an encoder stage chooses among patches, but an image has {tower.patches} patches and "
             f"{visual_tokens} visual tokens (vision_feature_select_strategy full?); only models that drop "
             "[CLS] can have one, leave encoder out"
+        )
+    if stage.keep % tower.views or stage.keep > tower.views * tower.patches:
+        raise UserError(
+            f"encoder.keep: {stage.keep} rows cannot be shared by {tower.views} views of {tower.patches} "
+            f"patches each; take a multiple of {tower.views} up to {tower.views * tower.patches}"
         )
     attention = {*wanted.cls_attention, *wanted.received_attention, *wanted.joint_attention, *wanted.keys}
     for kind, numbers, count in (
@@ -201,7 +211,12 @@ def check_tower(stage: EncoderStage, tower: Tower, visual_tokens: int) -> None:
     ):
         if bad := sorted(n for n in numbers if not 0 <= n < count):
             raise UserError(f"encoder.by: {name}: {kind} {bad[0]} is not within the tower's 0..{count - 1}")
-    if not tower.cls and (wanted.cls_attention or wanted.joint_attention):
+    if tower.hidden_cls and (wanted.joint_attention or wanted.keys):
+        raise UserError(
+            f"encoder.by: {name} merges single patches beside [CLS], but this tower's tokens are groups of "
+            "patches without it; take msv_prune, vispruner, hiprune or random"
+        )
+    if not (tower.cls or tower.hidden_cls) and (wanted.cls_attention or wanted.joint_attention):
         alternatives = (
             "set received: true, or take hiprune or random"
             if isinstance(rule, MsvPrune | VisPruner)

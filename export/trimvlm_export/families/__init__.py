@@ -1,5 +1,7 @@
 """Model families: one file each, named after transformers' `model_type`. A new family is a new file.
 
+Files with a leading underscore are no families, but what several of them are made of.
+
 A family module gives (`grid` as in `trimvlm.profile.ModelSpec`):
 
     canonical(name) -> str              checkpoint tensor name to transformers parameter name, old names too
@@ -10,6 +12,9 @@ A family module gives (`grid` as in `trimvlm.profile.ModelSpec`):
                                         where taps are wanted -> tower [views, S, E'], taps...
     Projector(config)                   torch module: features [rows, E'] -> visual [rows, D]
     unused(config, name) -> str | None  why a checkpoint tensor is not needed
+    reference_views(model, inputs)      for each image its `reference_views.ImageViews`: what the untouched
+                                        model computes, by code that shares nothing with the module above
+    reference_project(model, rows)      its own projector: features [rows, E'] -> visual [rows, D]
     DECODER_PREFIX, LM_HEAD             where the decoder's parameters live
 """
 
@@ -24,7 +29,7 @@ from trimvlm.errors import UserError
 
 def names() -> list[str]:
     """Families that have a file here."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def of(model_type: str) -> ModuleType:
