@@ -16,7 +16,8 @@ from transformers.image_transforms import convert_to_rgb
 
 from trimvlm.errors import UserError
 from trimvlm.image_processing import SingleView
-from trimvlm.images import centre_crop, make_preprocessor, read_rgb, resized
+from trimvlm.images import make_preprocessor, read_rgb
+from trimvlm.images.single_view import centre_crop, resized
 
 SKIMAGE = Path(skimage.data.__file__).parent
 SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
