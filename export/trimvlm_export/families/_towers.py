@@ -50,11 +50,12 @@ def decoder_geometry(text: Any) -> dict[str, Any]:
     }
 
 
-def geometry(config: Any, kinds: Sequence[str]) -> Tower:
+def geometry(config: Any, kinds: Sequence[str], views: int = 1) -> Tower:
     """A CLIP or SigLIP tower.
 
     Args:
         kinds: transformers' `model_type` of the towers that the family takes.
+        views: that one image is cut into.
 
     Raises:
         UserError: a tower of another kind.
@@ -73,6 +74,7 @@ def geometry(config: Any, kinds: Sequence[str]) -> Tower:
         cls=vision.model_type == "clip_vision_model",
         features=features,
         width=vision.hidden_size * len(features),
+        views=views,
     )
 
 
