@@ -33,6 +33,7 @@ VERBS = {
     "methods": "list the calibration methods and their parameters",
     "import": "another tool's configuration as a profile; list the profiles that come with trimvlm",
     "targets": "list the devices that can be built for",
+    "synthesize": "write a checkpoint with random weights at a published model's size",
 }
 
 # Which extra brings a module, for the message when it is missing.

@@ -12,6 +12,7 @@ from trimvlm.errors import UserError
 from trimvlm.profile import ModelSpec
 from trimvlm.value import Value
 from trimvlm_tools.bench.quiet import quiet
+from trimvlm_tools.random_checkpoint.weights import tensors, write
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
 PAD, BOS, EOS, UNK, IMAGE, USER, ASSISTANT = range(len(SPECIAL))
@@ -101,6 +102,8 @@ def make_checkpoint(geometry: Geometry, directory: Path) -> Path:
 
     The directory also holds `geometry.json`; a checkpoint of another geometry or seed is made again.
     """
+    from transformers import GenerationConfig
+
     stamp = directory / GEOMETRY_FILE
     encoded = msgspec.json.encode(geometry)
     if stamp.is_file() and stamp.read_bytes() == encoded:
@@ -108,15 +111,17 @@ def make_checkpoint(geometry: Geometry, directory: Path) -> Path:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     with quiet():
-        _make_model(geometry).save_pretrained(directory)
+        config = _make_config(geometry)
+        config.save_pretrained(directory)
+        GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS).save_pretrained(directory)
         _make_processor(geometry).save_pretrained(directory)
+        write(directory, tensors(config), "float32", geometry.seed, math.inf)
     stamp.write_bytes(encoded)  # last: without it the directory counts as not made
     return directory
 
 
-def _make_model(geometry: Geometry):
-    import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+def _make_config(geometry: Geometry):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     vision = CLIPVisionConfig(
         hidden_size=geometry.vision_hidden,
@@ -144,7 +149,9 @@ def _make_model(geometry: Geometry):
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    config = LlavaConfig(
+    return LlavaConfig(
+        architectures=["LlavaForConditionalGeneration"],
+        dtype="float32",
         vision_config=vision,
         text_config=text,
         image_token_index=IMAGE,
@@ -154,19 +161,6 @@ def _make_model(geometry: Geometry):
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    torch.manual_seed(geometry.seed)
-    model = LlavaForConditionalGeneration(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # fan_in^-1/2 keeps activations of order one in any width, so that outputs can be compared.
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 1 / math.sqrt(parameter[0].numel()))
-            elif name.endswith("class_embedding"):
-                parameter.normal_(0.0, 0.02)
-    model.generation_config.pad_token_id = PAD
-    model.generation_config.bos_token_id = BOS
-    model.generation_config.eos_token_id = EOS
-    return model
 
 
 def _make_processor(geometry: Geometry):
