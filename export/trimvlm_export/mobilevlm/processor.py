@@ -15,6 +15,9 @@ from trimvlm_export.mobilevlm.config import SIDE
 
 IMAGE_TOKEN = "<image>"
 
+# Either may hold the image processor's options: the older file alone, the newer one beside the rest.
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+
 # The conversation `v1` of the published code: one line break after each image, none between turns.
 _SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -44,9 +47,11 @@ def processor(checkpoint: Path | str) -> MobileVLMProcessor:
     """The processor of a checkpoint directory.
 
     Images: transformers' LLaVA image processor (Pillow), padded to squares in the mean colour where
-    config.json says `image_aspect_ratio: pad`; with the checkpoint's preprocessor_config.json, or without one
-    as CLIP's with the tower's size. Text: the checkpoint's tokenizer, to which `<image>` is added as the id
-    of `config.image_token_id`, and its chat template or without one the published conversation `v1`.
+    config.json says `image_aspect_ratio: pad`; sizes and colours are those of the checkpoint's
+    preprocessor_config.json, or where there is none CLIP's for the tower's size.
+
+    Text: the checkpoint's tokenizer, to which `<image>` is added as the id `config.image_token_id`, and its
+    chat template, or where there is none the published conversation `v1`.
 
     Returns:
         An object with `image_processor`, `tokenizer`, `image_token`, `image_token_id`, `chat_template` and
@@ -59,7 +64,7 @@ def processor(checkpoint: Path | str) -> MobileVLMProcessor:
     checkpoint = Path(checkpoint)
     config: Any = load_config(checkpoint)
     size = config.vision_config.image_size
-    if (checkpoint / "preprocessor_config.json").is_file():
+    if any((checkpoint / name).is_file() for name in _IMAGE_FILES):
         images = LlavaImageProcessorPil.from_pretrained(checkpoint, local_files_only=True)
     else:
         images = LlavaImageProcessorPil(

@@ -13,10 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_mobilevlm import TOKENS, tiny_config, tiny_mobilevlm
 from tiny_models import noise_image
+from tokenizers import Tokenizer
+from transformers import AutoProcessor
 
 from trimvlm.errors import UserError
 from trimvlm_export import checkpoint as checkpoints
-from trimvlm_export.mobilevlm import MobileVLMForConditionalGeneration, processor
+from trimvlm_export.mobilevlm import MobileVLMForConditionalGeneration, MobileVLMProcessor, processor
 
 IMAGE = len(TOKENS)  # the first id after the vocabulary
 
@@ -145,6 +147,22 @@ def test_prompts_are_tokenized_around_images(checkpoint: Path) -> None:
     expanded = made(images=[noise_image(0), noise_image(1)], text=prompt).input_ids[0]
     assert expanded == [1, *first, *[IMAGE] * 144, *second, *[IMAGE] * 144, *third, 2, *fourth]
     assert len(made.tokenizer) == len(TOKENS) + 1
+
+
+def test_a_saved_processor_is_the_same_one(checkpoint: Path, tmp_path: Path) -> None:
+    """And its tokenizer.json alone makes the same ids, which is what a device reads."""
+    made: Any = processor(checkpoint)
+    made.image_processor.image_mean = [0.5, 0.25, 0.125]
+    directory = changed(checkpoint, tmp_path / "model")
+    made.save_pretrained(directory)
+    again: Any = AutoProcessor.from_pretrained(directory, local_files_only=True)
+    assert type(again) is MobileVLMProcessor and again.chat_template == made.chat_template
+    prompt, images = "USER: <image>\n  Hi <image> x</s>USER: 猫", [noise_image(1), noise_image(2, (50, 20))]
+    theirs, ours = (each(images=images, text=prompt, return_tensors="np") for each in (made, again))
+    np.testing.assert_array_equal(ours["input_ids"], theirs["input_ids"])
+    np.testing.assert_array_equal(ours["pixel_values"], theirs["pixel_values"])
+    alone = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    assert alone.encode(prompt).ids == made.tokenizer(prompt).input_ids
 
 
 def test_a_tokenizer_of_another_size_is_refused(checkpoint: Path, tmp_path: Path) -> None:
