@@ -86,8 +86,9 @@ class GridVision(nn.Module):
         states, found = [hidden], {}
         for layer, block in enumerate(self.blocks):
             projected = block.attn.qkv(block.norm1(hidden)).unflatten(1, (3, block.attn.num_heads, -1))
-            query, key, value = projected.unbind(1)
-            query, key = _turned(query, *rotary), _turned(key, *rotary)
+            turning, value = projected.split((2, 1), dim=1)
+            query, key = _turned(turning, *rotary).unbind(1)
+            value = value.squeeze(1)
             if layer in self.taps.received_attention:
                 received = _received(query, key, self.windows[layer]).unflatten(0, (-1, self.side**2))
                 found[f"received_attention.{layer}"] = self._restored(received.mean(1))[None]
@@ -112,10 +113,10 @@ class GridVision(nn.Module):
         return tokens_NE if self.back is None else tokens_NE.index_select(0, self.back)
 
     def _rotary(self) -> tuple[Tensor, Tensor]:
-        """Cosine and sine float32 [S, 1, C / 2]: of each patch's row, then of its column."""
+        """Cosine and sine float32 [S, 1, 1, C / 2]: of each patch's row, then of its column."""
         tables = self.angles.index_select(0, self.positions).unflatten(0, (-1, 2))
         cos, sin = tables.unbind(2)
-        return cos.flatten(1)[:, None], sin.flatten(1)[:, None]
+        return cos.flatten(1)[:, None, None], sin.flatten(1)[:, None, None]
 
 
 class TokenMerger(nn.Module):
@@ -143,11 +144,12 @@ def _angles(tower: Any, config: Any, positions: int) -> Tensor:
     return torch.stack([table[:, : table.shape[1] // 4] for table in tables], dim=1)
 
 
-def _turned(rows_SHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, in float32. transformers' own function widens the tables again in every layer."""
-    first, second = rows_SHC.float().chunk(2, dim=-1)
+def _turned(pairs_S2HC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries and keys at their rotary positions, in float32. transformers' own function would widen the
+    tables anew in every layer."""
+    first, second = pairs_S2HC.float().chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(rows_SHC.dtype)
+    return turned.to(pairs_S2HC.dtype)
 
 
 def _batches(rows_SHC: Tensor, windows: list[tuple[int, int]]) -> list[Tensor]:

@@ -20,6 +20,8 @@ from trimvlm_export.families.qwen2_vl import (
     canonical,
     model_spec,
     pixel_values,
+    reference_project,
+    reference_views,
     unused,
 )
 from trimvlm_export.qwen_vision import GridVision, TokenMerger
@@ -32,6 +34,8 @@ __all__ = [
     "canonical",
     "model_spec",
     "pixel_values",
+    "reference_project",
+    "reference_views",
     "tower",
     "unused",
 ]

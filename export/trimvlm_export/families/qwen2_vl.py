@@ -15,6 +15,24 @@ from trimvlm.encoder_rules import Tower, VisionTaps
 from trimvlm.errors import UserError
 from trimvlm.profile import Grid, ModelSpec
 from trimvlm_export.qwen_vision import TOWER, GridVision, TokenMerger
+from trimvlm_export.reference_qwen import reference_project, reference_views
+
+__all__ = [
+    "DECODER_PREFIX",
+    "LM_HEAD",
+    "Projector",
+    "Vision",
+    "canonical",
+    "checked",
+    "make_tower",
+    "model_spec",
+    "pixel_values",
+    "reference_project",
+    "reference_views",
+    "tower",
+    "tower_of_width",
+    "unused",
+]
 
 DECODER_PREFIX = "model.language_model."
 LM_HEAD = "lm_head."

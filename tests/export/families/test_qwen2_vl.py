@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -133,50 +132,42 @@ def _check_operators(file: Path) -> None:
     assert {opset.version for opset in model.opset_import if not opset.domain} == {OPSET}
 
 
-def test_taps_are_what_transformers_computes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = case.pixels(UNEVEN)
-    attention, states = _watched(case, pixels, monkeypatch)
+def test_taps_are_what_transformers_computes(case: Case) -> None:
+    pixels, family = case.pixels(UNEVEN), case.source.family
+    inputs = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 14, 12]])}
     with torch.no_grad():
         rows, *found = case.vision(UNEVEN, WANTED)(pixels)
+        (image,) = family.reference_views(case.model, inputs)
+        view = image.see(0)
+        visual = family.reference_project(case.model, torch.from_numpy(view.features))
+    assert (image.count, view.cls, view.patches, len(view.states)) == (1, False, 42, LAYERS + 1)
+    torch.testing.assert_close(visual, case.features(pixels, UNEVEN), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(rows[0], view.features, atol=1e-4)
     named = dict(zip(WANTED.names, found, strict=True))
-    place = _places(case.family)
-    torch.testing.assert_close(rows[0], states[-1].reshape(42, -1)[place], atol=1e-4, rtol=1e-4)
     for number in WANTED.features:
-        expected = states[number].reshape(42, 4, -1).mean(1)[place]
-        torch.testing.assert_close(named[f"features.{number}"][0], expected, atol=1e-4, rtol=1e-4)
+        expected = [view.state(number, patch) for patch in range(42)]
+        np.testing.assert_allclose(named[f"features.{number}"][0], expected, atol=1e-4)
     for layer in WANTED.received_attention:
-        windows = attention[layer]
-        assert len(windows) == (4 if case.family == "qwen2_5_vl" and layer == 0 else 1)
-        received = torch.cat([weights[0].mean(0).sum(0) for weights in windows]) / len(pixels)
-        expected = received.reshape(42, 4).mean(1)[place]
-        torch.testing.assert_close(named[f"received_attention.{layer}"][0], expected, atol=1e-6, rtol=1e-4)
-        assert expected.max() > 1.5 * expected.min()
+        expected = view.received(layer)
+        np.testing.assert_allclose(named[f"received_attention.{layer}"][0], expected, rtol=1e-4)
+        assert max(expected) > 1.5 * min(expected)
+        windowed = case.family == "qwen2_5_vl" and layer == 0
+        assert (view.attentions[layer] == 0).any() == windowed
+    assert [tokens[0] // 4 for tokens in view.tokens.tolist()] == _places(case.family)
 
 
-def _watched(
-    case: Case, pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
-    """Attention weights of each window of each layer, and the hidden states, in transformers' order."""
-    modeling = importlib.import_module(type(case.model).__module__)
-    original, calls, states = modeling.eager_attention_forward, [], []
-
-    def recording(module: nn.Module, *arguments: Any, **options: Any) -> Any:
-        output, weights = original(module, *arguments, **options)
-        calls.append((module, weights))
-        return output, weights
-
-    visual = case.model.model.visual
-    monkeypatch.setattr(modeling, "eager_attention_forward", recording)
-    monkeypatch.setattr(visual.config, "_attn_implementation", "eager")
-    hooks = [visual.blocks[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))]
-    hooks += [
-        block.register_forward_hook(lambda _, inputs, output: states.append(output))
-        for block in visual.blocks
-    ]
-    case.features(pixels, UNEVEN)
-    for hook in hooks:
-        hook.remove()
-    return [[w for module, w in calls if module is block.attn] for block in visual.blocks], states
+def test_the_reference_sees_each_image(case: Case) -> None:
+    grids = [(2, 3), (5, 1)]
+    pixels = [case.pixels(grid) for grid in grids]
+    sides = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in grids])
+    with torch.no_grad():
+        images = case.source.family.reference_views(
+            case.model, {"pixel_values": torch.cat(pixels), "image_grid_thw": sides}
+        )
+        for image, its_pixels, grid in zip(images, pixels, grids, strict=True):
+            (rows,) = case.vision(grid, VisionTaps())(its_pixels)
+            np.testing.assert_allclose(image.see(0).features, rows[0], atol=1e-4)
+    assert case.model.model.visual.config._attn_implementation == "sdpa"
 
 
 def _places(family: str) -> list[int]:
