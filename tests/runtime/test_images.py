@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import skimage.data
-import sklearn.datasets
+from image_families import CLIP, HALF, SKIMAGE, SKLEARN, modes
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
@@ -19,8 +18,6 @@ from trimvlm.image_processing import SingleView
 from trimvlm.images import make_preprocessor, read_rgb
 from trimvlm.images.single_view import centre_crop, resized
 
-SKIMAGE = Path(skimage.data.__file__).parent
-SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
 # Inside the installed wheels, so nothing is fetched: colour, grayscale, RGBA, palette, JPEG and PNG.
 PHOTOGRAPHS = [
     *(SKIMAGE / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg")),
@@ -28,8 +25,6 @@ PHOTOGRAPHS = [
     *(SKLEARN / name for name in ("china.jpg", "flower.jpg")),
 ]
 
-CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
-HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 SETTINGS = {
     "llava-1.5": SingleView(resize=336, resample=3, crop=(336, 336), rescale=1 / 255, **CLIP),
     "demo": SingleView(resize=112, resample=3, crop=(112, 112), rescale=1 / 255, **HALF),
@@ -100,29 +95,6 @@ def test_bytes_are_a_file():
 def test_odd_sizes(name: str, size: tuple[int, int], theirs):
     random = np.random.default_rng(sum(size))
     agree(name, theirs, Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), np.uint8)))
-
-
-def modes() -> dict[str, Image.Image]:
-    """One picture in the modes that files come in."""
-    photo = Image.open(SKIMAGE / "chelsea.png").resize((150, 101))
-    alpha = Image.linear_gradient("L").resize(photo.size)
-    rgba = photo.copy()
-    rgba.putalpha(alpha)
-    keyed = photo.convert("P")
-    keyed.info["transparency"] = 7
-    deep = np.asarray(photo.convert("L")).astype(np.uint16) * 251
-    return {
-        "L": photo.convert("L"),
-        "1": photo.convert("1"),
-        "P": photo.convert("P"),
-        "P transparent": keyed,
-        "RGBA": rgba,
-        "LA": rgba.convert("LA"),
-        "CMYK": photo.convert("CMYK"),
-        "YCbCr": photo.convert("YCbCr"),
-        "I;16": Image.fromarray(deep),
-        "F": photo.convert("F"),
-    }
 
 
 def skip_where_transformers_drops_transparency(mode: str) -> None:

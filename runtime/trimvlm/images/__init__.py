@@ -29,6 +29,7 @@ __all__ = [
     "nearest_grid",
     "pixel_shape",
     "pixel_std",
+    "profile_grid",
     "read_rgb",
     "to_rgb",
 ]
@@ -73,6 +74,16 @@ def natural_grid(processing: ImageProcessing, width: int, height: int) -> Grid |
     None where images have none, and where this one comes to its grid in another way than a profile for it.
     """
     return _KINDS[type(processing)].natural_grid(processing, width, height)
+
+
+def profile_grid(processing: ImageProcessing, width: int, height: int) -> Grid | None:
+    """The grid to make a profile for, where images of this size are to be shown to a model.
+
+    Their natural one. Where they have none although images of this model have grids, one of as many tokens
+    and their shape; they are fitted to it, see `fit`. None where images have no grids, or none of this shape
+    has one.
+    """
+    return _KINDS[type(processing)].profile_grid(processing, width, height)
 
 
 def nearest_grid(processing: ImageProcessing, grids: Sequence[Grid], width: int, height: int) -> Grid:

@@ -38,6 +38,16 @@ def natural_grid(processing: AnyResolution, width: int, height: int) -> Grid | N
     return grid if min(grid) > 0 and meant(processing, grid) == found else None
 
 
+def profile_grid(processing: AnyResolution, width: int, height: int) -> Grid | None:
+    """The tokens that transformers makes of the image, or of a smaller copy of it."""
+    for size in range(64, 0, -1):
+        smaller = max(1, width * size // 64), max(1, height * size // 64)
+        grid = _thinned(processing, layout(processing, *smaller).covered)
+        if min(grid) > 0 and meant(processing, grid):
+            return grid
+    return None
+
+
 def fit(processing: AnyResolution, image: Image.Image, grid: Grid) -> Image.Image:
     """Letterboxed to the size at which it covers its part of the canvas unscaled."""
     return letterbox(image, _size(processing, _found(processing, grid)), processing.resample)

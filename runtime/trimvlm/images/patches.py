@@ -34,6 +34,9 @@ def natural_grid(processing: Patches, width: int, height: int) -> Grid | None:
     return rows, columns
 
 
+profile_grid = natural_grid
+
+
 def fit(processing: Patches, image: Image.Image, grid: Grid) -> Image.Image:
     """Letterboxed to the grid's pixels."""
     return letterbox(image, _size(processing, grid), processing.resample)

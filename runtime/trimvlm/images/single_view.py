@@ -22,6 +22,9 @@ def natural_grid(processing: SingleView, width: int, height: int) -> None:
     return None
 
 
+profile_grid = natural_grid
+
+
 def fit(processing: SingleView, image: Image.Image, grid: Grid) -> Image.Image:
     """Refuses."""
     raise _no_grid(grid)

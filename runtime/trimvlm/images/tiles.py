@@ -21,6 +21,9 @@ def natural_grid(processing: Tiles, width: int, height: int) -> Grid:
     return rows * processing.tokens, columns * processing.tokens
 
 
+profile_grid = natural_grid
+
+
 def fit(processing: Tiles, image: Image.Image, grid: Grid) -> Image.Image:
     """Stretched, as all images here are."""
     rows, columns = _tiles(processing, grid)
