@@ -32,6 +32,7 @@ from trimvlm.bundle import (
     write_manifest,
     write_whole,
 )
+from trimvlm.encoder_rules import Tower
 from trimvlm.image_processing import SingleView
 from trimvlm.profile import Decisions, LayerRule, Method, ModelSpec, Profile, Select
 from trimvlm.rules import LastRowAttention
@@ -170,11 +171,15 @@ def write_toy_bundle(out: Path, *, dtype: str = "float32", eos: tuple[int, ...] 
     write_whole(out / "toy.profile.json", msgspec.json.encode(profile))
     names = ("vision.onnx", "toy.decoder.fused.onnx", "tokenizer.json", "toy.profile.json")
     entry = Entry(
-        profile="toy.profile.json", vision="vision.onnx", decoders={"fused": "toy.decoder.fused.onnx"}
+        model=spec,
+        tower=Tower(layers=1, patches=4, cls=False, features=(1,), width=3),
+        profile="toy.profile.json",
+        vision="vision.onnx",
+        decoders={"fused": "toy.decoder.fused.onnx"},
     )
     manifest = Manifest(
         producer="test",
-        model=spec,
+        fingerprint="toy",
         dtype=dtype,
         image=SingleView(
             resize=4, resample=3, crop=(4, 4), rescale=1 / 255, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import msgspec
 
 from trimvlm.errors import UserError
-from trimvlm.profile import Calibration, Profile, check_name
+from trimvlm.profile import Calibration, Grid, Profile, check_name
 from trimvlm.profile import Method as MethodRecord
 from trimvlm.schedule import resolve
 from trimvlm_calib.calibrated import Calibrated
@@ -38,6 +38,7 @@ def calibrate_all(
     seed: int = 0,
     task: str | None = None,
     name: str | None = None,
+    grid: Grid | None = None,
     progress: Progress | None = None,
     output: Path | None = None,
     team: Team = ALONE,
@@ -55,6 +56,7 @@ def calibrate_all(
         seed: decides which, and in what order.
         task: draw from the samples of this task only.
         name: the Profile's; None: the method's.
+        grid: that every image is made to fit, for models whose images have one.
         progress: called as `progress(what, done, total)`.
         output: where the Profile will be written: measurements are kept beside it until
             `trimvlm_calib.partial.discard(output)`, and those of a run that was killed are taken up. None:
@@ -70,7 +72,7 @@ def calibrate_all(
     check_name(name or method)
     methods = find(method)
     settings = read_parameters(methods, parameters or {})
-    spec = model_spec(checkpoint)
+    spec = model_spec(checkpoint, grid)
     if task is not None:
         samples, data_name = of_task(samples, task), f"{data_name}, task {task}"
     wanted = max(each.SAMPLES for each in methods.values())
@@ -193,19 +195,16 @@ def open_probe(
 ) -> Probe:
     """The model in float32, on the GPU where there is one; it is not loaded where nothing is measured."""
     import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     from trimvlm_calib.probe import Probe
     from trimvlm_export.checkpoint import tower
+    from trimvlm_export.loading import Preparation, load_model
 
-    geometry = tower(checkpoint)
+    geometry = tower(checkpoint, spec.grid)
     if not samples:
         return Probe(None, spec, [], progress, tower=geometry)
-    processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
-    inputs = PreparedSamples(samples, processor)
-    model: Any = LlavaForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=torch.float32, local_files_only=True
-    )
+    inputs = PreparedSamples(samples, Preparation(Path(checkpoint), spec.grid))
+    model = load_model(Path(checkpoint))
     device = f"cuda:{team.device % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).eval()
+    model = model.to(device)
     return Probe(model, spec, inputs, progress, partial=partial, team=team, tower=geometry)

@@ -17,10 +17,14 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimvlm.errors import UserError
+from trimvlm.images import read_rgb
 from trimvlm.value import Value
+
+if TYPE_CHECKING:
+    from trimvlm_export.loading import Preparation
 
 QUESTIONS = "questions.jsonl"
 RECENT = 64  # samples whose prepared inputs are kept: all of them, for the papers' numbers of samples
@@ -110,12 +114,12 @@ class PreparedSamples(Sequence[dict[str, Any]]):
         UserError: an image that cannot be read, or a checkpoint without a chat template.
     """
 
-    def __init__(self, samples: Sequence[Sample], processor: Any) -> None:
-        _check_template(processor)
+    def __init__(self, samples: Sequence[Sample], prepare: Preparation) -> None:
+        _check_template(prepare.processor)
         for sample in samples:
-            _read_image(sample.image)  # before the work, not in the middle of it
+            read_rgb(sample.image)  # before the work, not in the middle of it
         self._samples = samples
-        self._prepared = lru_cache(RECENT)(lambda number: model_inputs(samples[number], processor))
+        self._prepared = lru_cache(RECENT)(lambda number: model_inputs(samples[number], prepare))
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -126,31 +130,21 @@ class PreparedSamples(Sequence[dict[str, Any]]):
         return self._prepared(range(len(self))[number])
 
 
-def model_inputs(sample: Sample, processor: Any) -> dict[str, Any]:
+def model_inputs(sample: Sample, prepare: Preparation) -> dict[str, Any]:
     """What the model is given: the question in the checkpoint's chat template, and the image.
 
     Raises:
         UserError: an image that cannot be read, or a checkpoint without a chat template.
     """
-    _check_template(processor)
+    _check_template(prepare.processor)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}
-    prompt = processor.apply_chat_template([message], add_generation_prompt=True)
-    return dict(processor(images=_read_image(sample.image), text=prompt, return_tensors="pt"))
+    prompt = prepare.processor.apply_chat_template([message], add_generation_prompt=True)
+    return prepare([sample.image], prompt)
 
 
 def _check_template(processor: Any) -> None:
     if not getattr(processor, "chat_template", None):
         raise UserError("the checkpoint has no chat template; add chat_template.jinja to its directory")
-
-
-def _read_image(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: not a readable image: {error}") from None
 
 
 def _sample(line: str, directory: Path, where: str) -> Sample:

@@ -133,7 +133,7 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
     """What has to be built for one profile. Profiles that share a graph share its plan."""
     manifest = bundle.manifest
     profile = bundle.profile(name)
-    schedule = Schedule.resolve(profile, manifest.model)
+    schedule = Schedule.resolve(profile, entry.model)
     decoder = entry.decoders.get(target.lowering)
     if decoder is None:
         raise UserError(
@@ -141,22 +141,21 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
             f"{target.name} takes; export it again"
         )
     weights = {file: manifest.files[file].sha256 for file in manifest.weights}
-    _, _, height, width = pixel_shape(manifest.image, manifest.model.grid)
+    pixels = pixel_shape(manifest.image, entry.model.grid)
     found: dict[Role, Part] = {
         "vision": Part(
             graph=entry.vision,
             plan=f"{Path(entry.vision).stem}.{target.name}.engine",
-            ranges={"pixel_values": images_range(height, width, target.limits)},
+            ranges={"pixel_values": images_range(pixels, target.limits, one=entry.model.grid is not None)},
             sources={"graph": manifest.files[entry.vision].sha256, "weights": weights},
         ),
     }
     if entry.projector:
-        assert manifest.tower
-        rows = manifest.model.visual_tokens  # not the profile's fewer: the plan is shared
+        rows = entry.tower.views * entry.tower.patches  # not the profile's fewer: the plan is shared
         found["projector"] = Part(
             graph=entry.projector,
             plan=f"{Path(entry.projector).stem}.{target.name}.engine",
-            ranges={"features": features_range(rows, manifest.tower.width, target.limits)},
+            ranges={"features": features_range(rows, entry.tower.width, target.limits)},
             sources={"graph": manifest.files[entry.projector].sha256, "weights": weights},
         )
     if entry.router:
@@ -164,7 +163,7 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
         found["router"] = Part(
             graph=entry.router,
             plan=f"{Path(entry.router).stem}.{target.name}.engine",
-            ranges=router_ranges(manifest.model, target.limits),
+            ranges=router_ranges(entry.model, target.limits),
             sources={
                 "graph": manifest.files[entry.router].sha256,
                 "weights": {**weights, stored: manifest.files[stored].sha256},

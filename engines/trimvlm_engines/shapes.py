@@ -54,6 +54,9 @@ def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
         "text_positions": text,
         "visual_positions": visual,
     }
+    if model.mrope:
+        for kind, rows in (("text", text), ("visual", visual)):
+            ranges[f"{kind}_coordinates"] = _rows(*((3, *size) for size in (rows.min, rows.opt, rows.max)))
     for stage, row in enumerate(schedule.stages):
         assert row.select
         keep = images * row.select.keep
@@ -87,9 +90,14 @@ def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
     return ranges
 
 
-def images_range(height: int, width: int, limits: Limits) -> ShapeRange:
-    """Range of the vision graph's `pixel_values` [m, 3, height, width]."""
-    return _rows((1, 3, height, width), (1, 3, height, width), (limits.images, 3, height, width))
+def images_range(shape: tuple[int, ...], limits: Limits, *, one: bool) -> ShapeRange:
+    """Range of the vision graph's `pixel_values`.
+
+    Args:
+        shape: for one image.
+        one: the graph takes one image at a time.
+    """
+    return _rows(shape, shape, shape if one else (limits.images, *shape[1:]))
 
 
 def features_range(rows: int, width: int, limits: Limits) -> ShapeRange:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimvlm.bundle import sha256
 from trimvlm.encoder_rules import Tower
 from trimvlm.errors import UserError
 from trimvlm.profile import Grid, ModelSpec
+from trimvlm_export.hashes import weight_hash
 
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -110,7 +110,7 @@ def fingerprint(directory: Path) -> str:
 
     digest = hashlib.sha256()
     for file in weight_files(directory):
-        digest.update(sha256(file).encode())
+        digest.update(weight_hash(file).encode())
     return digest.hexdigest()
 
 

@@ -130,7 +130,7 @@ def _biases(text: Any) -> set[str]:
 
 def decoder_names(family: ModuleType, config: Any, module: nn.Module) -> dict[str, str]:
     """From the decoder's parameter names to transformers' names in the whole model."""
-    tied = {"lm_head.weight": "embed_tokens.weight"} if config.text_config.tie_word_embeddings else {}
+    tied = {"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {}
     names = {}
     for name, _ in module.named_parameters():
         source = tied.get(name, name)

@@ -28,6 +28,7 @@ from trimvlm.profile import ModelSpec, Profile
 from trimvlm.schedule import Schedule
 from trimvlm_export.checkpoint import model_spec, tower
 from trimvlm_export.decoder_graph import export_decoder
+from trimvlm_export.hashes import remember, weight_hash
 from trimvlm_export.processing import image_processing, text_processing
 from trimvlm_export.router_graph import export_router, gather_choices
 from trimvlm_export.router_weights import find_weights
@@ -60,6 +61,7 @@ def export(
             one, the checkpoint is incomplete or of an unknown kind, or `out` holds something else.
     """
     checkpoint, out = Path(checkpoint), Path(out)
+    existing = _existing(out)
     spec = model_spec(checkpoint, profile.model.grid)
     schedule, stage = Schedule.resolve(profile, spec), profile.decisions.encoder
     geometry = tower(checkpoint, profile.model.grid)
@@ -68,19 +70,21 @@ def export(
     router = find_weights(profile, beside)
     image = image_processing(checkpoint)
     text = text_processing(checkpoint)
-    before = _existing(out, spec, dtype)
+    before = _same(existing, spec, dtype)
     choices = gather_choices(before, profile, schedule)
     with _destination(out, new=before is None) as directory:
         source = Source.place(checkpoint, directory, dtype)
         vision, projector = export_vision(source, stage, spec.grid)
         routing = export_router(source, profile, router) if router else ()
-        decoders = export_decoder(source, profile.name, schedule)
-        profile_file = f"{profile.name}.profile.json"
+        decoders = export_decoder(source, profile.key, schedule)
+        profile_file = f"{profile.key}.profile.json"
         encoded = msgspec.json.format(msgspec.json.encode(profile), indent=2)
         write_whole(directory / profile_file, encoded + b"\n")
         graphs = [name for name in (vision, projector, *routing, *decoders.values()) if name]
         written = [*source.files, profile_file, *graphs]
         entry = Entry(
+            model=spec,
+            tower=geometry,
             profile=profile_file,
             vision=vision,
             projector=projector,
@@ -89,16 +93,15 @@ def export(
         )
         manifest = Manifest(
             producer=f"trimvlm {trimvlm.__version__}, torch {torch.__version__}",
-            model=spec,
-            tower=geometry,
+            fingerprint=spec.fingerprint or "",
             dtype=dtype,
             image=image,
             text=msgspec.structs.replace(text, tokenizer=f"{CHECKPOINT}/{text.tokenizer}"),
             weights=source.weight_files,
             ignored_tensors=_ignored(source, before),
-            profiles={**(before.profiles if before else {}), profile.name: entry},
+            profiles={**(before.profiles if before else {}), profile.key: entry},
             choices=choices,
-            files={**(before.files if before else {}), **_recorded(directory, written, before)},
+            files={**(before.files if before else {}), **_recorded(directory, written)},
         )
         write_manifest(directory, manifest)
     return out
@@ -121,16 +124,26 @@ def _destination(out: Path, *, new: bool) -> Iterator[Path]:
         directory.rename(out)
 
 
-def _existing(out: Path, spec: ModelSpec, dtype: Dtype) -> Manifest | None:
-    """The manifest of the bundle that a profile is added to, or None for a new one."""
+def _existing(out: Path) -> Bundle | None:
+    """The bundle that a profile is added to, or None for a new one; what it knows of its weights is kept."""
     if not (out / MANIFEST).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out}: exists and is not a bundle; give a new directory")
         return None
-    manifest = Bundle(out).manifest
-    if manifest.model != spec or manifest.dtype != dtype:
+    bundle = Bundle(out)
+    remember(bundle)
+    return bundle
+
+
+def _same(bundle: Bundle | None, spec: ModelSpec, dtype: Dtype) -> Manifest | None:
+    """The bundle's manifest, if it is of the same checkpoint in the same precision."""
+    if bundle is None:
+        return None
+    manifest = bundle.manifest
+    if manifest.fingerprint != spec.fingerprint or manifest.dtype != dtype:
         raise UserError(
-            f"{out}: holds another checkpoint or precision ({manifest.dtype}); give a new directory"
+            f"{bundle.directory}: holds another checkpoint or precision ({manifest.dtype}); give a new "
+            "directory"
         )
     return manifest
 
@@ -141,10 +154,11 @@ def _ignored(source: Source, before: Manifest | None) -> dict[str, str]:
     return {name: ignored[name] for name in ignored if before is None or name in before.ignored_tensors}
 
 
-def _recorded(out: Path, names: list[str], before: Manifest | None) -> dict[str, File]:
-    """Sizes and hashes; a weight file that the bundle already had is not hashed again."""
-    known = before.files if before else {}
+def _recorded(out: Path, names: list[str]) -> dict[str, File]:
+    """Sizes and hashes."""
     return {
-        name: known[name] if name in known and name.endswith(".safetensors") else record(out / name)
+        name: File(bytes=(out / name).stat().st_size, sha256=weight_hash(out / name))
+        if name.endswith(".safetensors")
+        else record(out / name)
         for name in names
     }

@@ -112,11 +112,8 @@ class Reference:
         if self.encoder is not None:
             from trimvlm_export.reference_encoder import reduced_features
 
-            return reduced_features(self.model, pixels, self.encoder)
-        wanted = signature(self.model.get_image_features).parameters
-        given = {name: value for name, value in inputs.items() if name in wanted}
-        output = self.model.get_image_features(**{**given, "pixel_values": pixels}, return_dict=True)
-        return torch.cat([rows.flatten(0, -2) for rows in output.pooler_output]), []
+            return reduced_features(self.model, {**inputs, "pixel_values": pixels}, self.encoder)
+        return image_features(self.model, {**inputs, "pixel_values": pixels}), []
 
     @torch.no_grad()
     def prefill(
@@ -264,3 +261,11 @@ class Reference:
 
     def _count(self) -> None:
         self.layers_run += not self._running().decoding
+
+
+def image_features(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """What the decoder reads of the images of `inputs`, [rows, D], image after image, by the model itself."""
+    wanted = signature(model.get_image_features).parameters
+    given = {name: value for name, value in inputs.items() if name in wanted}
+    found = model.get_image_features(**given, return_dict=True).pooler_output
+    return torch.cat([rows.flatten(0, -2) for rows in found])

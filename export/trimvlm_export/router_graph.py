@@ -81,17 +81,18 @@ def gather_choices(before: Manifest | None, profile: Profile, schedule: Schedule
     Raises:
         UserError: a profile and a choice of the same name.
     """
-    profiles = {profile.name, *(before.profiles if before else ())}
+    name, choice = profile.key, profile.choice and profile.model.named(profile.choice)
+    profiles = {name, *(before.profiles if before else ())}
     choices = {name: dict(choice.members) for name, choice in (before.choices if before else {}).items()}
     stems = {name: choice.router for name, choice in (before.choices if before else {}).items()}
     for members in choices.values():
-        members.pop(profile.name, None)
-    if profile.choice is not None:
+        members.pop(name, None)
+    if choice is not None:
         assert profile.router is not None
-        if stems.get(profile.choice) != profile.router.stem:
-            choices[profile.choice], stems[profile.choice] = {}, profile.router.stem
+        if stems.get(choice) != profile.router.stem:
+            choices[choice], stems[choice] = {}, profile.router.stem
         kept = (row.layer for row in schedule.rows if row.execute != "none")
-        choices[profile.choice][profile.name] = tuple(n for n in kept if n >= profile.router.first)
+        choices[choice][name] = tuple(n for n in kept if n >= profile.router.first)
     if taken := profiles & {name for name, members in choices.items() if members}:
         raise UserError(f"{min(taken)} cannot name both a profile and a choice in one bundle; rename one")
     return {name: Choice(router=stems[name], members=members) for name, members in choices.items() if members}

@@ -67,7 +67,7 @@ from trimvlm.profile import ModelSpec, Profile, to_profile
 from trimvlm.router_spec import Choice
 from trimvlm.value import Value
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 Lowering = Literal["fused", "primitive"]
@@ -130,9 +130,18 @@ class Engine(Value, frozen=True, kw_only=True):
 
 
 class Entry(Value, frozen=True, kw_only=True):
-    """One profile of the bundle: its files. `projector` is there where the profile has an encoder stage, and
-    `router` where it has one."""
+    """One profile of the bundle.
 
+    Attributes:
+        model: what it is for; entries differ in the grid of the images, and in what follows from it.
+        tower: of one view.
+        profile, vision, decoders, goldens: files.
+        projector: there where the profile has an encoder stage.
+        router: there where the profile has one.
+    """
+
+    model: ModelSpec
+    tower: Tower
     profile: str
     vision: str
     projector: str | None = None
@@ -145,13 +154,14 @@ class Entry(Value, frozen=True, kw_only=True):
 class Manifest(Value, frozen=True, kw_only=True):
     """Everything that a device must know, without torch, transformers or YAML.
 
-    `tower` is None in bundles from before there were encoder stages.
+    Attributes:
+        fingerprint: of the checkpoint.
+        profiles: by name; `name@RxC` where images have grids, of R rows and C columns.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     producer: str
-    model: ModelSpec
-    tower: Tower | None = None
+    fingerprint: str
     dtype: Dtype
     image: ImageProcessing
     text: TextProcessing
@@ -209,6 +219,19 @@ class Bundle:
             choices = "".join(f", and {name} chooses per input" for name in sorted(self.manifest.choices))
             raise UserError(f"{self.directory}: {said}; it holds {', '.join(names)}{choices}")
         return profile, self.manifest.profiles[profile]
+
+    def named(self, name: str | None = None) -> list[str]:
+        """Profiles and choices behind a name: itself, or one for each grid of images that it is there for.
+
+        Raises:
+            UserError: as `entry`.
+        """
+        known = {*self.manifest.profiles, *self.manifest.choices}
+        plain = {each.partition("@")[0] for each in self.manifest.profiles}
+        name = next(iter(plain)) if name is None and len(plain) == 1 else name
+        if name in known:
+            return [name]
+        return sorted(each for each in known if each.partition("@")[0] == name) or [self.entry(name)[0]]
 
     def members(self, name: str | None = None) -> list[str]:
         """Profiles behind a name: those of a choice, or the profile itself.

@@ -13,7 +13,7 @@ ORT_CPU = "ort-cpu"
 
 
 def open_backends(
-    bundle: Bundle, name: str | None, target: str, options: Mapping[str, Any]
+    bundle: Bundle, name: str, target: str, options: Mapping[str, Any], *, shared: bool = False
 ) -> dict[str, Backend]:
     """Backends by profile: of the profile `name`, or of each member of the choice `name`.
 
@@ -35,9 +35,9 @@ def open_backends(
     for member in members:
         library, graphs = _graphs(bundle, member, target)
         roles = ["decoder"] if found else list(graphs)
-        shared = {"low_memory": True} if len(members) > 1 and library == "onnxruntime" else {}
+        mapped = {"low_memory": True} if (shared or len(members) > 1) and library == "onnxruntime" else {}
         files = {role: bundle.path(graphs[role]) for role in roles}
-        found[member] = load_backend(library, files, {**shared, **options})
+        found[member] = load_backend(library, files, {**mapped, **options})
     return found
 
 

@@ -70,6 +70,10 @@ class ModelSpec(Value, frozen=True, kw_only=True):
         if self.heads % self.kv_heads:
             raise UserError(f"model.kv_heads: {self.kv_heads} does not divide {self.heads} heads")
 
+    def named(self, name: str) -> str:
+        """`name@RxC` for a grid of R rows and C columns, or `name`."""
+        return f"{name}@{self.grid[0]}x{self.grid[1]}" if self.grid else name
+
 
 class Select(Value, frozen=True, kw_only=True):
     """At the input of `layer`, shrink the live visual rows to the `keep` best per image.
@@ -223,6 +227,11 @@ class Profile(Value, frozen=True, kw_only=True):
             check_name(self.choice)
             if self.router is None or self.choice == self.name:
                 raise UserError(f"choice: {self.choice!r} needs a router, and a name that no profile has")
+
+    @property
+    def key(self) -> str:
+        """Its name in a bundle: with the grid where images have one."""
+        return self.model.named(self.name)
 
     @property
     def digest(self) -> str:

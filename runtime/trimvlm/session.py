@@ -2,61 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
-from trimvlm.backends import Backend
 from trimvlm.bundle import Bundle
-from trimvlm.decoding import Decoder, Outputs, generate_ids, prefill_inputs, step_inputs
+from trimvlm.decoding import Outputs
 from trimvlm.detokenization import stream_text
-from trimvlm.encoder import make_encoder
 from trimvlm.errors import UserError
-from trimvlm.images import ImageSource, make_preprocessor
+from trimvlm.images import ImageSource, nearest_grid, read_rgb
 from trimvlm.opening import ORT_CPU, open_backends
-from trimvlm.routing import make_pick
+from trimvlm.profile import Grid
+from trimvlm.runner import Runner
 from trimvlm.sampling import make_sampler
-from trimvlm.text import Prompt, Turn, load_tokenizer, make_prompter
+from trimvlm.text import Prompt, Turn, load_tokenizer
 from trimvlm.timings import Timings
-from trimvlm.vision import VisualRows, make_vision
+from trimvlm.vision import VisualRows
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class Session:
     """One profile of a bundle, or a choice of several, running on one target. Device memory is held only
     inside `with`.
 
+    Where images have grids and the bundle holds the profile for several, each prompt runs on the one for its
+    first image, and the steps one by one (`prompt` to `step`) need a session of a single one, as `name@RxC`.
+
     Attributes:
         bundle: the bundle.
         profile: name of the profile or choice.
-        member: the profile that the latest prompt ran on.
         target: name of the target.
         timings: of the latest `generate`.
     """
 
-    def __init__(self, bundle: Bundle, profile: str, target: str, backends: Mapping[str, Backend]) -> None:
-        manifest = bundle.manifest
-        self.member, self._backend = next(iter(backends.items()))
+    def __init__(
+        self, bundle: Bundle, name: str, target: str, runners: Sequence[Runner], tokenizer: Tokenizer
+    ) -> None:
         self.bundle = bundle
-        self.profile = profile
+        self.profile = name
         self.target = target
         self.timings = Timings()
-        self._backends = backends
+        self._runners = {runner.model.grid: runner for runner in runners}
+        self._runner = runners[0]
         self._held = ExitStack()
         self._open = False
-        self._tokenizer = load_tokenizer(bundle.path(manifest.text.tokenizer))
-        tokens, stage = manifest.model.visual_tokens, bundle.profile(self.member).decisions.encoder
-        self._prompter = make_prompter(self._tokenizer, manifest.text, stage.keep if stage else tokens)
-        self._preprocess = make_preprocessor(manifest.image)
-        self._see = make_vision(
-            self._backend, manifest.model.hidden, make_encoder(stage, tokens) if stage else None
-        )
-        self._pick = make_pick(backends, manifest.choices.get(profile), manifest.model.layers)
+        self._tokenizer = tokenizer
 
     @classmethod
     def open(
@@ -77,14 +76,27 @@ class Session:
                 that is not installed.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-        backends = open_backends(bundle, profile, target, options)
-        name = profile if profile in bundle.manifest.choices else next(iter(backends))
-        return cls(bundle, name, target, backends)
+        names = bundle.named(profile)
+        tokenizer = load_tokenizer(bundle.path(bundle.manifest.text.tokenizer))
+        runners = [
+            Runner(
+                bundle, each, open_backends(bundle, each, target, options, shared=len(names) > 1), tokenizer
+            )
+            for each in names
+        ]
+        name = names[0] if len(names) == 1 else names[0].partition("@")[0]
+        return cls(bundle, name, target, runners, tokenizer)
+
+    @property
+    def member(self) -> str:
+        """The profile that the latest prompt ran on."""
+        return self._runner.member
 
     def __enter__(self) -> Session:
         with ExitStack() as held:
-            for backend in self._backends.values():
-                held.enter_context(backend)
+            for runner in self._runners.values():
+                for backend in runner.backends.values():
+                    held.enter_context(backend)
             self._held = held.pop_all()
         self._open = True
         return self
@@ -129,26 +141,15 @@ class Session:
         sampler = make_sampler(temperature, top_p, seed)
         timings = self.timings = Timings()
         start = perf_counter()
-        rows = self.prompt(prompt, len(images), raw=raw, history=history)
-        pixels = [self.preprocess(image) for image in images]
+        if len(self._runners) > 1 and images:
+            images = [image if isinstance(image, Image) else read_rgb(image) for image in images]
+            self._runner = self._runners[self._grid_for(*images[0].size)]
+        runner = self._runner
+        rows = runner.prompt(prompt, len(images), raw=raw, history=history)
+        pixels = [runner.preprocess(image) for image in images]
         timings.preprocess = perf_counter() - start
-
-        def run() -> Iterator[str]:
-            self._check_open()
-            visual = self._see(pixels, timings)
-            picked = self._pick(rows, visual.rows, timings)
-            ids = generate_ids(
-                self._timed(picked.profile, timings),
-                rows,
-                visual.rows,
-                sampler,
-                router_scores=picked.router_scores,
-                eos_ids=self.bundle.manifest.text.eos_ids,
-                max_new_tokens=max_new_tokens,
-            )
-            yield from stream_text(self._tokenizer, ids)
-
-        return run()
+        ids = runner.generate(rows, pixels, sampler, timings, self._check_open, max_new_tokens=max_new_tokens)
+        return stream_text(self._tokenizer, ids)
 
     def prompt(
         self, text: str, images: int = 0, *, raw: bool = False, history: Sequence[Turn] = ()
@@ -159,7 +160,7 @@ class Session:
             UserError: images and image tokens differ in number, an image token in a text that is not raw, or
                 a prompt that does not end in text.
         """
-        return self._prompter(text, images, raw=raw, history=history)
+        return self._single().prompt(text, images, raw=raw, history=history)
 
     def preprocess(self, image: ImageSource) -> NDArray[np.float32]:
         """Pixels float32 of an image, as the vision graph takes them: [1, 3, H, W].
@@ -167,7 +168,7 @@ class Session:
         Raises:
             UserError: it cannot be read.
         """
-        return self._preprocess(image)
+        return self._single().preprocess(image)
 
     def vision(self, images: Sequence[ImageSource | NDArray[np.float32]]) -> NDArray[np.floating]:
         """Visual rows [m * N, D] of images, or [m * keep, D] with an encoder stage; arrays are pixels from
@@ -177,7 +178,7 @@ class Session:
     def visual(self, images: Sequence[ImageSource | NDArray[np.float32]]) -> VisualRows:
         """The same rows, with the patches that the profile's encoder stage chose for each image."""
         self._check_open()
-        return self._see([self._pixels(image) for image in images], Timings())
+        return self._single().visual(images)
 
     def prefill(
         self,
@@ -185,6 +186,7 @@ class Session:
         visual_ND: NDArray[np.floating],
         forced: Sequence[NDArray[np.int64]] = (),
         *,
+        patches: Sequence[NDArray[np.int64]] = (),
         forced_skip: Sequence[NDArray[np.int64]] = (),
         router_scores: NDArray[np.float32] | None = None,
     ) -> Outputs:
@@ -193,64 +195,35 @@ class Session:
         Args:
             visual_ND: visual rows, from `vision`.
             forced: for each selection the rows of `visual_ND` to keep; empty: the graph selects.
+            patches: with M-RoPE, what an encoder stage chose for each image, as `visual` gave it.
             forced_skip: for each skip stage the rows of `visual_ND` in skip mode; empty: the graph chooses.
             router_scores: [N], for a graph that has this input; None: the bundle's router gives them.
         """
         self._check_open()
-        if router_scores is None or len(self._backends) > 1:
-            picked = self._pick(prompt, visual_ND, Timings())
-            self.member = picked.profile
-            router_scores = picked.router_scores if router_scores is None else router_scores
-        inputs = prefill_inputs(
-            prompt, visual_ND, forced, forced_skip=forced_skip, router_scores=router_scores
+        return self._single().prefill(
+            prompt,
+            visual_ND,
+            forced,
+            patches=patches,
+            forced_skip=forced_skip,
+            router_scores=router_scores,
         )
-        return self._run(self.member, inputs, prompt.length)
 
     def step(self, token: int, before: Outputs) -> Outputs:
         """One decode step with a given token after the run `before`, with every output as an array."""
-        inputs = step_inputs(token, before.next_position, before)
-        return self._run(before.profile, inputs, before.next_position + 1)
-
-    def _pixels(self, image: ImageSource | NDArray[np.float32]) -> NDArray[np.float32]:
-        if not isinstance(image, np.ndarray):
-            return self.preprocess(image)
-        ((_, port),) = self._backend.inputs("vision").items()
-        fits = image.ndim == len(port.shape) and all(
-            want in (None, have) for want, have in zip(port.shape, image.shape, strict=True)
-        )
-        if not fits or image.dtype != np.float32:
-            shape = ", ".join("any" if size is None else str(size) for size in port.shape)
-            raise UserError(
-                f"an array of {image.dtype} {image.shape} is no image; give pixels from preprocess (float32 "
-                f"[{shape}]), or PIL.Image.fromarray(frame) of a camera's frame"
-            )
-        return image
-
-    def _run(self, profile: str, inputs: dict[str, Any], next_position: int) -> Outputs:
         self._check_open()
-        backend = self._backends[profile]
-        decoder = Decoder(backend, list(backend.outputs("decoder")))
-        return Outputs(decoder(inputs), next_position, profile)
+        return self._single().step(token, before)
 
-    def _timed(self, profile: str, timings: Timings) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """A profile's decoder that notes its seconds and keeps its caches where they are."""
-        self.member, backend = profile, self._backends[profile]
-        names = [name for name in backend.outputs("decoder") if name.startswith("present_")]
-        graph = Decoder(backend, ["logits"], names)
+    def _single(self) -> Runner:
+        if len(self._runners) > 1:
+            names = ", ".join(runner.name for runner in self._runners.values())
+            raise UserError(f"this session is for several grids of images; open one of {names}")
+        return self._runner
 
-        def decoder(inputs: dict[str, Any]) -> dict[str, Any]:
-            self._check_open()
-            start = perf_counter()
-            outputs = graph(inputs)
-            seconds = perf_counter() - start
-            if timings.prefill is None:
-                timings.prefill = seconds
-            else:
-                timings.decode += seconds
-                timings.decode_tokens += 1
-            return outputs
-
-        return decoder
+    def _grid_for(self, width: int, height: int) -> Grid:
+        """The grid of an image, or the one nearest to it that there is a profile for."""
+        grids = [grid for grid in self._runners if grid is not None]
+        return nearest_grid(self.bundle.manifest.image, grids, width, height)
 
     def _check_open(self) -> None:
         if not self._open:

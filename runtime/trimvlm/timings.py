@@ -25,6 +25,14 @@ class Timings:
     decode: float = 0.0
     decode_tokens: int = 0
 
+    def add_decoder_run(self, seconds: float) -> None:
+        """Notes a run of the decoder: the first is the prefill, each of the others a token."""
+        if self.prefill is None:
+            self.prefill = seconds
+        else:
+            self.decode += seconds
+            self.decode_tokens += 1
+
     @property
     def first_token(self) -> float:
         """Seconds to the first token."""

@@ -22,7 +22,7 @@ class VisualRows:
     Attributes:
         rows: [m * K, D] for m images, image by image.
         chosen: for each image the patches that its rows stem from, int64, in the order of the rows (see
-            `make_encoder`); empty where the profile has no encoder stage.
+            `make_encoder`), counted through all views; empty where the profile has no encoder stage.
     """
 
     rows: NDArray[np.floating]
@@ -32,13 +32,14 @@ class VisualRows:
 See: TypeAlias = Callable[[Sequence[NDArray[np.float32]], Timings], VisualRows]
 
 
-def make_vision(backend: Backend, width: int, encode: Encode | None) -> See:
+def make_vision(backend: Backend, width: int, encode: Encode | None, patches: int) -> See:
     """Resolves a profile's way from pixels to visual rows into a function.
 
     Args:
         backend: is open when the function is called.
         width: of the decoder, D.
-        encode: the encoder stage, see `make_encoder`; None: the profile has none.
+        encode: the encoder stage for one view, see `make_encoder`; None: the profile has none.
+        patches: of one view.
 
     Returns:
         `see(pixels, timings)`: pixels of each image, as `make_preprocessor` gives them; sets `vision` and
@@ -59,10 +60,10 @@ def make_vision(backend: Backend, width: int, encode: Encode | None) -> See:
             for pixels in images:
                 found = _run(backend, pixels, names)
                 before = perf_counter()
-                rows_KE, patches = encode({name: tap[0] for name, tap in zip(names, found, strict=True)})
+                views = [encode(dict(zip(names, each, strict=True))) for each in zip(*found, strict=True)]
                 timings.select += perf_counter() - before
-                taken.append(rows_KE)
-                chosen.append(patches)
+                taken += [rows_KE for rows_KE, _ in views]
+                chosen.append(np.concatenate([n * patches + each for n, (_, each) in enumerate(views)]))
             projected = backend.run("projector", {"features": np.concatenate(taken)}, ["visual"])["visual"]
             visual = VisualRows(rows=projected, chosen=tuple(chosen))
         timings.vision = perf_counter() - start - (timings.select or 0.0)

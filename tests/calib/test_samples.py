@@ -18,6 +18,7 @@ from trimvlm_calib.samples import (
     of_task,
     set_name,
 )
+from trimvlm_export.loading import Preparation
 
 
 def write(folder, *lines):
@@ -123,36 +124,31 @@ def test_draws_are_decided_by_the_seed(tmp_path):
 
 
 def test_inputs_are_the_processors(tmp_path):
-    from transformers import AutoProcessor
-
     path = tiny_llava(tmp_path / "model")
-    processor = AutoProcessor.from_pretrained(path)
     noise_image(0).convert("RGBA").save(tmp_path / "a.png")
     sample = Sample(image=tmp_path / "a.png", question="what is the color of w3 ?")
-    got, wanted = model_inputs(sample, processor), tiny_inputs(path)
+    got, wanted = model_inputs(sample, Preparation(path, None)), tiny_inputs(path)
     assert got.keys() == wanted.keys()
     for key, value in got.items():
         assert value.equal(wanted[key])
 
 
 def test_inputs_are_prepared_when_asked_for(tmp_path):
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(tiny_llava(tmp_path / "model"))
+    prepare = Preparation(tiny_llava(tmp_path / "model"), None)
     noise_image(0).save(tmp_path / "a.png")
     samples = [Sample(image=tmp_path / "a.png", question=f"what is w{number} ?") for number in range(3)]
-    prepared = PreparedSamples(samples, processor)
+    prepared = PreparedSamples(samples, prepare)
     assert len(prepared) == 3
     assert prepared[1] is prepared[1]
-    assert prepared[-1]["input_ids"].equal(model_inputs(samples[2], processor)["input_ids"])
+    assert prepared[-1]["input_ids"].equal(model_inputs(samples[2], prepare)["input_ids"])
     assert [each["input_ids"].tolist() for each in prepared][:2] == [
         each["input_ids"].tolist() for each in prepared[:2]
     ]
     with pytest.raises(IndexError):
         prepared[3]
     (tmp_path / "b.png").write_text("no image")
-    with pytest.raises(UserError, match=r"b\.png: not a readable image"):
-        PreparedSamples([*samples, Sample(image=tmp_path / "b.png", question="q")], processor)
+    with pytest.raises(UserError, match=r"b\.png: cannot be read as an image"):
+        PreparedSamples([*samples, Sample(image=tmp_path / "b.png", question="q")], prepare)
 
 
 def test_the_digest_is_of_contents(tmp_path):
@@ -166,19 +162,11 @@ def test_the_digest_is_of_contents(tmp_path):
 
 
 def test_what_the_model_cannot_be_given(tmp_path):
-    class Bare:
-        chat_template = None
-
+    prepare = Preparation(tiny_llava(tmp_path / "model"), None)
     (tmp_path / "a.png").write_text("no image")
     sample = Sample(image=tmp_path / "a.png", question="q")
+    with pytest.raises(UserError, match=r"a\.png: cannot be read as an image"):
+        model_inputs(sample, prepare)
+    prepare.processor.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        model_inputs(sample, Bare())
-
-    class Templated:
-        chat_template = "x"
-
-        def apply_chat_template(self, *args, **kwargs):
-            return "x"
-
-    with pytest.raises(UserError, match=r"a\.png: not a readable image"):
-        model_inputs(sample, Templated())
+        model_inputs(sample, prepare)

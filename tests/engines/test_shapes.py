@@ -84,7 +84,7 @@ def test_more_rows_than_topk_takes_in_or_out_of_skip_mode() -> None:
 
 
 def test_images() -> None:
-    assert images_range(32, 48, LIMITS).plain() == [[1, 3, 32, 48], [1, 3, 32, 48], [2, 3, 32, 48]]
+    assert images_range((1, 3, 32, 48), LIMITS, one=False).plain() == [[1, 3, 32, 48], [1, 3, 32, 48], [2, 3, 32, 48]]
 
 
 def test_ranges_that_are_none() -> None:

@@ -86,7 +86,7 @@ class Graph(Session):
     @classmethod
     def of(cls, bundle: Bundle, name: str, lowering: Any) -> Graph:
         session = Session.open(bundle, name)
-        session._backend.files = {  # type: ignore[attr-defined]
+        session._runner.backends[name].files = {  # type: ignore[attr-defined]
             "vision": bundle.path(bundle.manifest.profiles[name].vision),
             "decoder": bundle.path(bundle.manifest.profiles[name].decoders[lowering]),
         }
@@ -107,7 +107,7 @@ def test_graph_equals_reference(
     bundle: Bundle, checkpoint: Path, name: str, lowering: str, images: int
 ) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    schedule = Schedule.resolve(bundle.profile(name), bundle.manifest.model)
+    schedule = Schedule.resolve(bundle.profile(name), bundle.manifest.profiles[name].model)
     inputs = tiny_inputs(checkpoint, images=images, seed=5)
     with Reference(model, schedule) as reference, Graph.of(bundle, name, lowering) as session:
         expected = reference.prefill(inputs)

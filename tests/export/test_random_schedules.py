@@ -20,11 +20,13 @@ import pytest
 import torch
 from random_decisions import random_decisions
 from tiny_models import tiny_llava
-from transformers import LlavaForConditionalGeneration
+from tiny_qwen import tiny_qwen
+from transformers import AutoModelForImageTextToText
 
 from trimvlm.backends.run_onnxruntime import open_backend
 from trimvlm.decoding import Decoder as GraphDecoder
 from trimvlm.decoding import prefill_inputs, step_inputs
+from trimvlm.mrope import Coordinates, coordinates
 from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select, SkipMode, SkipStage
 from trimvlm.rules import (
     CrossAndSelfAttention,
@@ -47,7 +49,7 @@ from trimvlm_tools.bench.feeds import prefill_feeds
 
 SCHEDULES = int(os.environ.get("TRIMVLM_SCHEDULES", "40"))
 GRAPHS = int(os.environ.get("TRIMVLM_GRAPHS", "0"))
-TOLERANCE, STEPS, IMAGE = 1e-4, (7, 30, 11), 4
+TOLERANCE, STEPS, IMAGE, QWEN_IMAGE = 1e-4, (7, 30, 11), 4, 5
 SPEC = ModelSpec(
     family="llava", layers=5, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=96, vocab=64, visual_tokens=16
 )
@@ -56,8 +58,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "gqa-bias-tied": {"layers": 5, "kv_heads": 2, "attention_bias": True, "tie": True, "seed": 1},
     "mqa-3-by-3": {"layers": 8, "kv_heads": 1, "image_size": 24, "seed": 2},
     "qwen2": {"layers": 5, "kv_heads": 2, "qwen2": True, "seed": 3},
+    "mrope": {"family": "qwen2_5_vl", "layers": 5, "tie": True, "seed": 4},
     "two-layers": {"layers": 2},
 }
+GRID = (5, 3)  # of the images of a model that has grids
 
 
 @dataclass(frozen=True)
@@ -77,22 +81,24 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def loaded(directory: Path, name: str) -> tuple[LlavaForConditionalGeneration, ModelSpec, Source]:
-    path = tiny_llava(directory / name, **MODELS[name])
-    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-    return model, model_spec(path), Source.place(path, directory / f"{name}-bundle", "float32")
+def loaded(directory: Path, name: str) -> tuple[Any, ModelSpec, Source]:
+    make, grid = (tiny_qwen, GRID) if "family" in MODELS[name] else (tiny_llava, None)
+    path = make(directory / name, **MODELS[name])
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    return model, model_spec(path, grid), Source.place(path, directory / f"{name}-bundle", "float32")
 
 
 def case_of(number: int, spec: ModelSpec, decisions: Decisions | None = None) -> Case:
     random = Random(number)
     schedule = resolve(random_decisions(random, spec) if decisions is None else decisions, spec)
-    image = [IMAGE] * schedule.visual_tokens
-    ids = [random.randrange(5, 60) for _ in range(random.randint(0, 3))]  # the image may come first
+    token, least = (QWEN_IMAGE, 1) if spec.mrope else (IMAGE, 0)
+    image = [token] * schedule.visual_tokens
+    ids = [random.randrange(7, 60) for _ in range(random.randint(0, 3))]  # the image may come first
     for _ in range(random.randint(1, 2)):
-        ids += image + [random.randrange(5, 60) for _ in range(random.randint(0, 2))]
-    ids += [random.randrange(5, 60) for _ in range(random.randint(1, 6))]
+        ids += image + [random.randrange(7, 60) for _ in range(random.randint(least, 2))]
+    ids += [random.randrange(7, 60) for _ in range(random.randint(1, 6))]
     ids_S = np.array(ids)
-    is_image = ids_S == IMAGE
+    is_image = ids_S == token
     generator = torch.Generator().manual_seed(number)
     places = np.arange(len(ids))
     return Case(
@@ -120,6 +126,7 @@ def eager(case: Case, source: Source) -> list[dict[str, np.ndarray]]:
         "visual": case.visual,
         "text_positions": torch.from_numpy(case.prompt.text_positions),
         "visual_positions": torch.from_numpy(case.prompt.visual_positions),
+        **coordinates_of(case),
         "router_scores": torch.from_numpy(case.router),
         "forced": [none for _ in schedule.stages],
         "forced_skip": [none for _ in schedule.skip_stages],
@@ -139,6 +146,7 @@ def eager(case: Case, source: Source) -> list[dict[str, np.ndarray]]:
                 "visual": case.visual[:0],
                 "text_positions": torch.tensor([case.prompt.length + step]),
                 "visual_positions": none,
+                **coordinates_of(case, step),
                 "router_scores": torch.zeros(0),
                 "past_key": out.present_key,
                 "past_value": out.present_value,
@@ -147,17 +155,35 @@ def eager(case: Case, source: Source) -> list[dict[str, np.ndarray]]:
     return runs
 
 
+def places_of(case: Case) -> Coordinates | None:
+    model = case.schedule.model
+    return coordinates(case.prompt, GRID, full=model.visual_tokens) if model.mrope else None
+
+
+def coordinates_of(case: Case, step: int | None = None) -> dict[str, torch.Tensor]:
+    """The module's inputs for M-RoPE, of the prompt or of a decode step."""
+    places = places_of(case)
+    if places is None:
+        return {}
+    text, visual = torch.from_numpy(places.text.copy()), torch.from_numpy(places.visual)
+    if step is not None:
+        text, visual = torch.full((3, 1), case.prompt.length + step - places.lag), visual[:, :0]
+    return {"text_coordinates": text, "visual_coordinates": visual}
+
+
 def in_onnxruntime(graph: Path, case: Case) -> list[dict[str, np.ndarray]]:
     """The same of an exported graph, through the runtime's own loop."""
     names = list(decoder_outputs(case.schedule))
     runs = []
     with open_backend({"decoder": graph}, threads=1) as backend:
         decoder = GraphDecoder(backend, names)
-        inputs = prefill_inputs(case.prompt, case.visual.numpy(), router_scores=case.router)
+        places = places_of(case)
+        inputs = prefill_inputs(case.prompt, case.visual.numpy(), places=places, router_scores=case.router)
         wanted = backend.inputs("decoder")
         runs.append(decoder({name: value for name, value in inputs.items() if name in wanted}))
         for step, token in enumerate(STEPS):
-            runs.append(decoder(step_inputs(token, case.prompt.length + step, runs[-1])))
+            position, lag = case.prompt.length + step, places.lag if places else None
+            runs.append(decoder(step_inputs(token, position, runs[-1], lag=lag)))
     return runs
 
 
@@ -168,13 +194,16 @@ def close(ours: np.ndarray, theirs: np.ndarray, name: str) -> None:
     )
 
 
-def expected(case: Case, model: LlavaForConditionalGeneration) -> list[dict[str, np.ndarray]]:
+def expected(case: Case, model: Any) -> list[dict[str, np.ndarray]]:
     """The same of the reference; decode steps have logits alone."""
     schedule = case.schedule
     inputs = {
         "input_ids": torch.from_numpy(case.ids)[None],
         "attention_mask": torch.ones(1, len(case.ids), dtype=torch.long),
     }
+    if schedule.model.mrope:
+        images = len(case.visual) // schedule.visual_tokens
+        inputs["image_grid_thw"] = torch.tensor([[1, 2 * GRID[0], 2 * GRID[1]]] * images)
     router = case.router if "router_scores" in decoder_inputs(schedule) else None
     with Reference(model, schedule) as reference, torch.no_grad():
         run = reference.prefill(inputs, features=case.visual, router_scores=router)
@@ -208,7 +237,7 @@ def graphs_agree(case: Case, source: Source, name: str, theirs: list[dict[str, n
 
 @pytest.mark.parametrize("number", range(SCHEDULES))
 def test_decoder_equals_reference(checkpoints: Path, number: int) -> None:
-    model, spec, source = loaded(checkpoints, list(MODELS)[number % 4])
+    model, spec, source = loaded(checkpoints, list(MODELS)[number % 5])
     case = case_of(number, spec)
     theirs = expected(case, model)
     agree(eager(case, source), theirs)

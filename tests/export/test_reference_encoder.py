@@ -122,7 +122,7 @@ def test_rules_equal_reference(vision: Backend, checkpoint: Path, model: Any, na
     stage = STAGES[name]
     pixels = torch.cat([tiny_inputs(checkpoint, images=3, seed=seed)["pixel_values"] for seed in range(3)])
     expected, patches = reduced_features(model, pixels, stage)
-    see, timings = make_vision(vision, 64, make_encoder(stage, PATCHES)), Timings()
+    see, timings = make_vision(vision, 64, make_encoder(stage, PATCHES), PATCHES), Timings()
     found = see(list(pixels.numpy()[:, None]), timings)
     assert expected.shape == found.rows.shape == (len(pixels) * stage.keep, 64)
     np.testing.assert_allclose(found.rows, expected, atol=1e-4)
@@ -175,7 +175,7 @@ def test_reference_leaves_the_model_as_it_was(checkpoint: Path) -> None:
 def test_session_equals_reference(bundle: Bundle, checkpoint: Path, model: Any, name: str) -> None:
     pixels = tiny_inputs(checkpoint, images=2, seed=5)["pixel_values"]
     expected, patches = reduced_features(model, pixels, STAGES[name])
-    schedule = Schedule.resolve(bundle.profile(name), bundle.manifest.model)
+    schedule = Schedule.resolve(bundle.profile(name), bundle.manifest.profiles[name].model)
     with Reference(model, schedule, STAGES[name]) as reference, Session.open(bundle, name) as session:
         arrays = list(pixels.numpy()[:, None])
         found = session.visual(arrays)
@@ -196,7 +196,9 @@ def test_profiles_share_projector_and_weights(bundle: Bundle) -> None:
         "vision-tower-cls1-features1-features3.onnx",
         "vision-tower-joint2-keys2.onnx",
     }
-    assert manifest.tower == Tower(layers=DEPTH, patches=PATCHES, cls=True, features=(2,), width=32)
+    assert manifest.profiles[min(manifest.profiles)].tower == Tower(
+        layers=DEPTH, patches=PATCHES, cls=True, features=(2,), width=32
+    )
     assert len(manifest.weights) == 1
     weights = manifest.files[manifest.weights[0]].bytes
     total = sum(file.stat().st_size for file in bundle.directory.rglob("*") if file.is_file())

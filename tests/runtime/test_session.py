@@ -252,7 +252,7 @@ def test_a_graph_that_does_not_load_leaves_the_session_closed(bundle: Path):
     session = Session.open(bundle)
     with pytest.raises(UserError, match=r"toy\.decoder\.fused\.onnx: ONNX Runtime .* cannot load"), session:
         raise AssertionError("entered")
-    assert not session._backend.sessions  # nor does the graph that did load stay in memory
+    assert not session._runner.backends["toy"].sessions  # nor does the graph that did load stay in memory
     with pytest.raises(UserError, match="closed"):
         session.vision([])
 

@@ -40,7 +40,7 @@ class Fake:
 def test_the_projector_runs_once_on_the_rows_that_stay() -> None:
     backend: Any = Fake()
     encode = make_encoder(EncoderStage(keep=3, by=RandomOrder(seed=5)), 9)
-    see, timings = make_vision(backend, 1, encode), Timings()
+    see, timings = make_vision(backend, 1, encode, 9), Timings()
     images = [np.full((1, 3, 2, 2), value, np.float32) for value in (100, 200)]
     found = see(images, timings)
     one, two = found.chosen
@@ -54,7 +54,8 @@ def test_the_projector_runs_once_on_the_rows_that_stay() -> None:
 
 def test_without_images_nothing_runs() -> None:
     backend: Any = Fake()
-    see, timings = make_vision(backend, 1, make_encoder(EncoderStage(keep=3, by=RandomOrder()), 9)), Timings()
+    encode = make_encoder(EncoderStage(keep=3, by=RandomOrder()), 9)
+    see, timings = make_vision(backend, 1, encode, 9), Timings()
     found = see([], timings)
     assert found.rows.shape == (0, 1) and found.chosen == () and found.rows.dtype == np.float16
     assert backend.calls == [] and timings.select is None

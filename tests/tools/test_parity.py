@@ -64,8 +64,8 @@ def test_equal_answers_pass() -> None:
         ({"logits": np.full((2, 5), np.nan)}, "logits max abs"),
         ({"tokens": [1, 3]}, "answers with other tokens"),
         ({"visual": answer().visual + 1e-3}, "vision features max abs"),
-        ({"kv": [(answer().kv[0][0], answer().kv[0][1] + 1e-3)]}, "KV max abs"),
-        ({"kv": [(answer().kv[0][0][:, :, :5], answer().kv[0][1])]}, "KV max abs"),
+        ({"kv": [(answer().kv[0][0], answer().kv[0][1] + 1e-3)]}, "KV max abs, of the largest"),
+        ({"kv": [(answer().kv[0][0][:, :, :5], answer().kv[0][1])]}, "KV max abs, of the largest"),
         ({"selected": [np.array([0, 3])]}, "answers with other selections"),
     ],
 )

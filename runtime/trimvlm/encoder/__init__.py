@@ -26,10 +26,11 @@ def make_encoder(stage: EncoderStage, patches: int) -> Encode:
     """Resolves an encoder stage into a function.
 
     Args:
-        patches: of one image, N.
+        stage: for one view of an image.
+        patches: of one view, N.
 
     Returns:
-        `encode(outputs)`, from the vision graph's outputs for one image, without the leading axis of images
+        `encode(outputs)`, from the vision graph's outputs for one view, without the leading axis of views
         (`tower` [S, E] and the taps of `encoder_rules.taps`), to the rows that stay, [K, E] in the dtype of
         `tower`, and the patches they stem from, int64, in the order of the rows. Rows come in spatial order,
         but for VisionZip ([CLS], then patches, then contextual rows) and PruMerge (by falling attention, then

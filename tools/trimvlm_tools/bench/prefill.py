@@ -101,7 +101,7 @@ def prefill_contenders(
     work.mkdir(parents=True, exist_ok=True)
     contenders = []
     for name, profile in profiles.items():
-        schedule = Schedule.resolve(profile, bundle.manifest.model)
+        schedule = Schedule.resolve(profile, bundle.manifest.profiles[name].model)
         feeds = prefill_feeds(
             schedule, text=geometry.text, before_image=TEXT_BEFORE_IMAGE, seed=geometry.seed
         )

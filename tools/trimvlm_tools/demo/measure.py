@@ -72,7 +72,7 @@ def survivors(
     with Session.open(bundle, profile) as session:
         rows = session.prompt(question.question, 1)
         seen = session.visual([question.image])
-        outputs = session.prefill(rows, seen.rows)
+        outputs = session.prefill(rows, seen.rows, patches=seen.chosen)
     patches = seen.chosen[0] if seen.chosen else np.arange(schedule.visual_tokens)
     found: list[tuple[list[int], tuple[int, ...]]] = []
     alive: tuple[int, ...] = ()

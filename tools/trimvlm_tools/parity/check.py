@@ -13,7 +13,7 @@ from trimvlm.bundle import Bundle
 from trimvlm.encoder_rules import EncoderStage
 from trimvlm.images import pixel_std
 from trimvlm.parity import Metric, ParityReport, Rung
-from trimvlm.profile import Decisions
+from trimvlm.profile import Decisions, Grid
 from trimvlm.schedule import Schedule, resolve
 from trimvlm.session import Session
 from trimvlm_calib.samples import Sample, model_inputs
@@ -53,9 +53,9 @@ def check(
     name, entry = bundle.entry(profile)
     manifest = bundle.manifest
     pruning = bundle.profile(name)
-    schedule, stage = Schedule.resolve(pruning, manifest.model), pruning.decisions.encoder
-    dense = resolve(Decisions(), manifest.model)
-    hf = hf or HuggingFace(bundle)
+    schedule, stage = Schedule.resolve(pruning, entry.model), pruning.decisions.encoder
+    dense = resolve(Decisions(), entry.model)
+    hf = hf or HuggingFace(bundle, entry.model.grid)
     router = make_router(bundle, pruning, hf.model)
     limits = LIMITS[manifest.dtype]
     plain = Worst(LIMITS["float32"])
@@ -75,7 +75,8 @@ def check(
             effect_tokens += wanted.tokens != dense_answer.tokens
             image = session.preprocess(question.image)
             std = pixel_std(manifest.image)
-            pixels = max(pixels, max_abs(image * std, inputs["pixel_values"].numpy() * std))
+            theirs = inputs["pixel_values"].numpy().reshape(image.shape)
+            pixels = max(pixels, max_abs(image * std, theirs * std))
             found = graph_answer(session, question, image, wanted)
             if stage and not all(map(np.array_equal, found.patches, wanted.patches)):
                 wanted = replace(wanted, patches_tie=hf.patches_tie(inputs, stage))
@@ -119,16 +120,14 @@ def check(
 
 
 class HuggingFace:
-    """The checkpoint inside a bundle, loaded in float32 by transformers."""
+    """The checkpoint inside a bundle, loaded in float32 by transformers, for images of one grid."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+    def __init__(self, bundle: Bundle, grid: Grid | None = None) -> None:
+        from trimvlm_export.loading import Preparation, load_model
 
         directory = bundle.path(bundle.manifest.weights[0]).parent
-        self.processor: Any = AutoProcessor.from_pretrained(directory, local_files_only=True)
-        self.model: Any = LlavaForConditionalGeneration.from_pretrained(
-            directory, dtype="float32", local_files_only=True
-        ).eval()
+        self.prepare = Preparation(directory, grid)
+        self.model: Any = load_model(directory)
         self._dense: dict[Any, tuple[Answer, Answer]] = {}
 
     def dense(self, question: Sample, dense: Schedule, max_new_tokens: int) -> tuple[Answer, Answer]:
@@ -142,11 +141,13 @@ class HuggingFace:
 
     def inputs(self, question: Sample) -> dict[str, Any]:
         """What the processor makes of a question."""
-        return model_inputs(question, self.processor)
+        return model_inputs(question, self.prepare)
 
     def generate(self, inputs: dict[str, Any], max_new_tokens: int) -> Answer:
         """Plain greedy `generate` of the untouched model."""
         import torch
+
+        from trimvlm_export.reference import image_features
 
         with torch.no_grad():
             out = self.model.generate(
@@ -156,11 +157,11 @@ class HuggingFace:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-            features = self.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+            features = image_features(self.model, inputs)
         tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         logits = np.stack([step[0].float().numpy() for step in out.logits])
         return Answer(
-            visual=torch.cat(list(features)).numpy(),
+            visual=features.numpy(),
             logits=logits,
             tokens=tokens,
         )
@@ -169,7 +170,7 @@ class HuggingFace:
         """Whether rounding decides which patches an encoder stage chooses."""
         from trimvlm_export.reference_encoder import hangs_on_rounding
 
-        return hangs_on_rounding(self.model, inputs["pixel_values"], stage)
+        return hangs_on_rounding(self.model, inputs, stage)
 
     def reference(
         self,
@@ -188,7 +189,7 @@ class HuggingFace:
         with Reference(self.model, schedule, encoder) as reference:
             visual, patches = reference.encode(inputs)
             scores = router(inputs, visual) if router else None
-            run = reference.prefill(inputs, features=visual, router_scores=scores)
+            run = reference.prefill(inputs, features=visual, patches=patches, router_scores=scores)
             logits, tokens = [run.logits], [int(run.logits.argmax())]
             while tokens[-1] not in ends and len(tokens) < max_new_tokens:
                 logits.append(reference.step(tokens[-1]))
@@ -223,7 +224,7 @@ def graph_answer(
         seen = session.visual([image])
         visual, patches, fed = seen.rows, list(seen.chosen), seen.rows
     given, skips = (wanted.selected, wanted.skipped) if force else ((), ())
-    first = outputs = session.prefill(rows, fed, given, forced_skip=skips)
+    first = outputs = session.prefill(rows, fed, given, patches=patches, forced_skip=skips)
     logits = [first["logits"][0]]
     for token in wanted.tokens[:-1]:
         outputs = session.step(token, outputs)

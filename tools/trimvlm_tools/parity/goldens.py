@@ -89,7 +89,7 @@ def write_goldens(
         The file written.
     """
     manifest, directory = bundle.manifest, bundle.directory
-    thresholds = thresholds_of(Schedule.resolve(bundle.profile(profile), manifest.model))
+    thresholds = thresholds_of(Schedule.resolve(bundle.profile(profile), manifest.profiles[profile].model))
     (directory / "goldens").mkdir(exist_ok=True)
     cases, written = [], []
     for sample, answer in answers:
@@ -139,7 +139,7 @@ def check_goldens(bundle: Bundle, profile: str | None, target: str = ORT_CPU) ->
         for case in goldens.cases:
             rows = session.prompt(case.question, 1)
             visual = session.visual([bundle.path(case.image)])
-            outputs = session.prefill(rows, visual.rows)
+            outputs = session.prefill(rows, visual.rows, patches=visual.chosen)
             other = [
                 made
                 for name, made in case.choices.items()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimvlm.errors import UserError
+from trimvlm_tools.arguments import add_image_size
 from trimvlm_tools.console import emit, say, stages
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, metavar="N", help="how many to draw; default: as many as the paper took"
     )
     parser.add_argument("--seed", type=int, default=0, help="which samples are drawn (0)")
+    add_image_size(parser)
     parser.add_argument("--task", metavar="NAME", help="draw only samples whose `task` is this")
     parser.add_argument(
         "--curves", type=Path, metavar="FILE", help="draw them here (.svg, .png); default: beside the profile"
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from trimvlm_calib.distributed import join
     from trimvlm_calib.partial import discard
     from trimvlm_calib.samples import load_samples, set_name
+    from trimvlm_export.loading import grid_of
     from trimvlm_tools.demo_data import demo_samples
 
     check_name(args.out.stem)  # before the work, not after it
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             task=args.task,
             name=args.out.stem,
+            grid=grid_of(args.model, args.image_size),
             progress=tell,
             output=args.out,
             team=team,

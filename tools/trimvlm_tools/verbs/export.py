@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trimvlm.errors import UserError
 from trimvlm_tools import console
+from trimvlm_tools.arguments import add_image_size
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="profile (YAML), or the name of a shipped one (trimvlm import --list); repeatable",
     )
+    add_image_size(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="directory to write")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--json", action="store_true", help="machine-readable report on stdout")
@@ -32,14 +34,21 @@ def run(args: argparse.Namespace) -> int:
     from trimvlm.schedule import Schedule
     from trimvlm_calib import shipped
     from trimvlm_export.checkpoint import model_spec
+    from trimvlm_export.loading import grid_of
 
-    spec = model_spec(args.model)
-    dense = Profile(name="dense", method=Method(name="dense"), model=spec)
-    profiles = [shipped.load_file_or_shipped(each) for each in args.profile] or [dense]
+    if args.profile:
+        if args.image_size:
+            raise UserError(
+                "--image-size: a profile says itself for which grid of images it is; leave it out"
+            )
+        profiles = [shipped.load_file_or_shipped(each) for each in args.profile]
+    else:
+        spec = model_spec(args.model, grid_of(args.model, args.image_size))
+        profiles = [Profile(name="dense", method=Method(name="dense"), model=spec)]
     for number, profile in enumerate(profiles):
-        Schedule.resolve(profile, spec)
-        if profile.name in {other.name for other in profiles[:number]}:
-            raise UserError(f"--profile: two profiles are named {profile.name}; rename one")
+        Schedule.resolve(profile, model_spec(args.model, profile.model.grid))
+        if profile.key in {other.key for other in profiles[:number]}:
+            raise UserError(f"--profile: two profiles are named {profile.key}; rename one")
     beside = [Path(each).parent for each in args.profile] or [None]
 
     from trimvlm.bundle import Bundle
@@ -48,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
     with console.progress("export", len(profiles)) as step:
         for profile, directory in zip(profiles, beside, strict=True):
             export(args.model, profile, args.out, dtype=args.dtype, beside=directory)
-            step(profile.name)
+            step(profile.key)
     manifest = Bundle(args.out).manifest
     size = sum(file.bytes for file in manifest.files.values())
-    names = [profile.name for profile in profiles]
+    names = [profile.key for profile in profiles]
     if args.json:
         console.emit({"bundle": str(args.out), "bytes": size, "written": names, "dtype": args.dtype})
     else:

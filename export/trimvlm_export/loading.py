@@ -1,0 +1,77 @@
+"""A checkpoint's model and processor as transformers has them, and what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trimvlm.images import fit, natural_grid, read_rgb
+from trimvlm.profile import Grid
+from trimvlm_export import families
+from trimvlm_export.checkpoint import load_config
+from trimvlm_export.processing import image_processing
+
+
+class Preparation:
+    """From a question about images to the inputs of the model.
+
+    Args:
+        checkpoint: its directory.
+        grid: that every image is made to fit, as the runtime does where a bundle has no other.
+
+    Raises:
+        UserError: no model there, or images that trimvlm cannot prepare.
+    """
+
+    def __init__(self, checkpoint: Path, grid: Grid | None) -> None:
+        self.processor = load_processor(checkpoint)
+        self.grid = grid
+        self._processing = image_processing(checkpoint)
+
+    def __call__(self, images: Sequence[Path | str], prompt: str) -> dict[str, Any]:
+        """What the model is given: `prompt` is the whole text, as the chat template makes it.
+
+        Raises:
+            UserError: an image that cannot be read.
+        """
+        pictures = [read_rgb(image) for image in images]
+        if self.grid is not None:
+            pictures = [
+                image
+                if natural_grid(self._processing, *image.size) == self.grid
+                else fit(self._processing, image, self.grid)
+                for image in pictures
+            ]
+        return dict(self.processor(images=pictures or None, text=prompt, return_tensors="pt"))
+
+
+def grid_of(checkpoint: Path, image_size: tuple[int, int] | None) -> Grid | None:
+    """The grid of images of a size (width, height) in pixels; None where images have none.
+
+    Raises:
+        UserError: a model whose images have grids, and no size.
+    """
+    processing = image_processing(checkpoint)
+    if image_size is not None:
+        return natural_grid(processing, *image_size)
+    return None
+
+
+def load_processor(checkpoint: Path) -> Any:
+    """transformers' processor, or that of a family which transformers does not have."""
+    from transformers import AutoProcessor
+
+    family = families.of(load_config(checkpoint).model_type)
+    if hasattr(family, "load_processor"):
+        return family.load_processor(checkpoint)
+    return AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
+
+
+def load_model(checkpoint: Path) -> Any:
+    """transformers' model, or that of a family which it does not have, in float32 and evaluation mode."""
+    from transformers import AutoModelForImageTextToText
+
+    family = families.of(load_config(checkpoint).model_type)
+    load = getattr(family, "load_model", None) or AutoModelForImageTextToText.from_pretrained
+    return load(checkpoint, dtype="float32", local_files_only=True).eval()
