@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, LlavaConfig
 
 from trimvlm.errors import UserError
@@ -21,7 +20,6 @@ _OLD_TEXT_KEYS = {"rope_theta", "rope_scaling"}
 _KNOWN_TOWER = "clip-vit-large-patch14-336"
 
 
-@strict
 class MobileVLMConfig(LlavaConfig):
     """Configuration of MobileVLM-V2.
 
@@ -32,7 +30,7 @@ class MobileVLMConfig(LlavaConfig):
         mm_vision_select_layer: hidden state of the tower that the projector reads.
         mm_vision_select_feature: `patch`.
         image_aspect_ratio: `pad` pads images to squares first; `square` and None do not.
-        image_token_index: id that stands for a visual token; None: the first after the vocabulary.
+        image_token_index: id that stands for a visual token; -1: the first after the vocabulary.
 
     Raises:
         UserError (on construction): another projector, tower or prompt format than MobileVLM-V2's.
@@ -47,8 +45,8 @@ class MobileVLMConfig(LlavaConfig):
     mm_vision_select_feature: str = "patch"
     mm_use_im_start_end: bool = False
     vision_tower_type: str = "clip"
-    image_aspect_ratio: str | None = "pad"
-    image_token_index: int | None = None  # type: ignore[assignment]
+    image_aspect_ratio: str | None = None
+    image_token_index: int = -1
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._only("mm_projector_type", "ldpnetv2")
@@ -74,7 +72,7 @@ class MobileVLMConfig(LlavaConfig):
                 f"mm_hidden_size: {self.mm_hidden_size}, but the tower's rows have {vision.hidden_size} "
                 "values; correct the one or the other"
             )
-        if self.image_token_index is None:
+        if self.image_token_index == -1:
             self.image_token_index = self.get_text_config().vocab_size
         self.image_seq_length = SIDE**2
 
