@@ -26,6 +26,7 @@ class View:
         queries, keys: per layer the projections [S, E], biases included.
         features: [N, E'], what the projector reads; with [CLS] before it where that is a row, too.
         cls: row 0 of the tower is [CLS].
+        columns: visual tokens in a row of the view; None: as many as there are rows.
         tokens: int64 [N, k], the tower rows that each visual token is made of; None: each patch is a token.
     """
 
@@ -36,6 +37,7 @@ class View:
     features: np.ndarray
     cls: bool = True
     tokens: np.ndarray | None = None
+    columns: int | None = None
 
     @property
     def patches(self) -> int:
@@ -105,7 +107,7 @@ def _random(rule: RandomOrder, keep: int, view: View) -> list[int]:
 
 def _hiprune(rule: HiPrune, keep: int, view: View) -> list[int]:
     """Anchors and their neighbours, then what the deep layer attends to most, until the budget is full."""
-    side, last = math.isqrt(view.patches), view.patches - 1
+    side, last = view.columns or math.isqrt(view.patches), view.patches - 1
     marked: set[int] = set()
     for anchor in _best(view.received(rule.object_layer), round(keep * rule.alpha / 5)):
         for neighbour in (anchor, anchor - 1, anchor + 1, anchor - side, anchor + side):

@@ -59,6 +59,7 @@ def _see(visual: Any, pixels: Tensor, grid: Tensor, number: int) -> View:
         features=_array(states[-1])[tokens].reshape(len(tokens), -1),
         cls=False,
         tokens=tokens,
+        columns=int(grid[2]) // visual.spatial_merge_size,
     )
 
 

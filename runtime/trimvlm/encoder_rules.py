@@ -28,6 +28,7 @@ class Tower(Value, frozen=True, kw_only=True):
         features: hidden states, beside one another, that the projector reads.
         width: of a row that the projector reads.
         views: that one image is cut into; an encoder stage reduces each of them alone.
+        columns: patches in a row of a view; None: as many as there are rows.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class Tower(Value, frozen=True, kw_only=True):
     features: tuple[int, ...]
     width: int
     views: int = 1
+    columns: int | None = None
 
 
 class VisionTaps(Value, frozen=True, kw_only=True):

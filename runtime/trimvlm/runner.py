@@ -56,7 +56,7 @@ class Runner:
         encode = None
         if stage:  # each view keeps the same share of the budget
             per_view = msgspec.structs.replace(stage, keep=stage.keep // tower.views)
-            encode = make_encoder(per_view, tower.patches)
+            encode = make_encoder(per_view, tower.patches, tower.columns)
         self._see = make_vision(self._backend, self.model.hidden, encode, tower.patches)
         self._pick = make_pick(backends, manifest.choices.get(name), self.model.layers)
 

@@ -94,6 +94,7 @@ def tower_of_width(config: Any, grid: Grid | None, width: int) -> Tower:
         cls=False,
         features=(vision.depth,),
         width=width * vision.spatial_merge_size**2,
+        columns=columns,
     )
 
 

@@ -9,6 +9,7 @@ Shapes: N patches, S tower rows ([CLS] where there is one, then the patches), E 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isqrt
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,12 +23,13 @@ Taps: TypeAlias = Mapping[str, NDArray[Any]]
 Encode: TypeAlias = Callable[[Taps], tuple[NDArray[Any], NDArray[np.int64]]]
 
 
-def make_encoder(stage: EncoderStage, patches: int) -> Encode:
+def make_encoder(stage: EncoderStage, patches: int, columns: int | None = None) -> Encode:
     """Resolves an encoder stage into a function.
 
     Args:
         stage: for one view of an image.
         patches: of one view, N.
+        columns: of them in a row; None: as many as rows.
 
     Returns:
         `encode(outputs)`, from the vision graph's outputs for one view, without the leading axis of views
@@ -46,7 +48,8 @@ def make_encoder(stage: EncoderStage, patches: int) -> Encode:
     if isinstance(rule, VisPruner):
         return _gather(lambda outputs: vispruner.choose(rule, keep, outputs), patches)
     if isinstance(rule, HiPrune):
-        return _gather(lambda outputs: hiprune.choose(rule, keep, outputs), patches)
+        side = columns or isqrt(patches)
+        return _gather(lambda outputs: hiprune.choose(rule, keep, outputs, side), patches)
     chosen = highest(np.random.default_rng(rule.seed).permutation(patches), keep)
     return _gather(lambda _: chosen, patches)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,9 @@ from trimvlm.encoder.ranking import highest
 from trimvlm.encoder_rules import HiPrune
 
 
-def choose(rule: HiPrune, keep: int, outputs: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+def choose(
+    rule: HiPrune, keep: int, outputs: Mapping[str, NDArray[Any]], columns: int
+) -> NDArray[np.int64]:
     """The chosen patches: anchors and neighbours first, both by falling attention of the deep layer.
 
     Neighbours are the patches before and after in raster order, which wraps across rows as published, and
@@ -23,8 +24,7 @@ def choose(rule: HiPrune, keep: int, outputs: Mapping[str, NDArray[Any]]) -> NDA
     deep_N = outputs[f"received_attention.{rule.deep_layer}"]
     patches = len(deep_N)
     anchors = highest(middle_N, round(keep * rule.alpha / 5))
-    side = isqrt(patches)
-    near = np.array([0, -1, 1, -side, side])
+    near = np.array([0, -1, 1, -columns, columns])
     marked_N = np.zeros(patches, bool)
     marked_N[np.clip(anchors[:, None] + near, 0, patches - 1)] = True
     # One ranking by mark, then attention: the sum of both in float32 would round the attention off.
