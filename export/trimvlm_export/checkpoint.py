@@ -91,8 +91,8 @@ def weight_files(directory: Path) -> list[Path]:
         files = sorted(directory.glob("*.safetensors"))
     if not files and (pickled := sorted(directory.glob("pytorch_model*.bin"))):
         raise UserError(
-            f"{directory}: only pickled weights here ({pickled[0].name}), which are never read; convert each file "
-            "where you trust it: safetensors.torch.save_file(torch.load('pytorch_model.bin', "
+            f"{directory}: only pickled weights here ({pickled[0].name}), which are never read; convert each "
+            "file where you trust it: safetensors.torch.save_file(torch.load('pytorch_model.bin', "
             "weights_only=True), 'model.safetensors')"
         )
     missing = [file.name for file in files if not file.is_file()]

@@ -22,7 +22,7 @@ def weight_hash(file: Path) -> str:
 
 
 def remember(bundle: Bundle) -> None:
-    """Takes over the hashes of a bundle's weight files that nothing touched since its manifest was written."""
+    """Takes over the hashes of a bundle's weight files that nothing touched since its manifest was made."""
     written = (bundle.directory / MANIFEST).stat().st_mtime_ns
     for name in bundle.manifest.weights:
         file = bundle.path(name)
