@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -36,19 +38,23 @@ class Family:
         self.out.mkdir(exist_ok=True)
         self.source = Source.place(checkpoint, self.out, dtype)
         self.family, self.config = self.source.family, self.source.config
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
-        self.model: Any = model.eval()
-        self.processor: Any = AutoImageProcessor.from_pretrained(checkpoint)
 
-    def inputs(self, *sizes: Grid, seed: int = 0) -> dict[str, torch.Tensor]:
+    @cached_property
+    def model(self) -> Any:
+        """transformers' own, in float32."""
+        return AutoModelForImageTextToText.from_pretrained(self.checkpoint, dtype=torch.float32).eval()
+
+    def inputs(self, *sizes: Grid) -> dict[str, torch.Tensor]:
         """What the family's image processor gives for images of (height, width)."""
-        return dict(self.processor(images=[picture(size, seed) for size in sizes], return_tensors="pt"))
+        processor = AutoImageProcessor.from_pretrained(self.checkpoint)
+        pictures = [picture(size, seed) for seed, size in enumerate(sizes)]
+        return dict(processor(images=pictures, return_tensors="pt"))
 
-    def features(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def features(self, inputs: Mapping[str, Any], **options: Any) -> torch.Tensor:
         """What transformers feeds to the decoder [rows, D]."""
+        given = {name: values for name, values in inputs.items() if name in ("pixel_values", "image_sizes")}
         with torch.no_grad():
-            wanted = {n: v for n, v in inputs.items() if n not in ("num_patches", "batch_num_images")}
-            output = self.model.model.get_image_features(**wanted).pooler_output
+            output = self.model.model.get_image_features(**given, **options).pooler_output
         return torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in output])
 
     def module(self, grid: Grid | None, wanted: VisionTaps | None = None) -> Any:
@@ -61,22 +67,29 @@ class Family:
         """The exported vision graph's file."""
         return self.out / export_tower(self.source, grid, wanted)
 
-    def check_stage(self, grid: Grid, inputs: Mapping[str, Any], stage: EncoderStage) -> list[int]:
-        """Tower graph, numpy selection and projector graph against the reference; returns what was chosen."""
-        tower, wanted = self.family.tower(self.config, grid), taps(stage.by)
-        pixels = next(iter(inputs["pixel_values"])) if inputs["pixel_values"].ndim == 5 else None
-        pixels = inputs["pixel_values"] if pixels is None else pixels
-        found = run(self.graph(grid, wanted), pixel_values=pixels)
-        encode, rows, chosen = make_encoder(stage, tower), [], []
-        for view in range(tower.views):
-            kept, patches = encode({name: value[view] for name, value in found.items()})
-            rows.append(kept)
-            chosen += (view * tower.patches + patches).tolist()
+    def check_stage(self, grid: Grid, inputs: Mapping[str, Any], stage: EncoderStage) -> list[list[int]]:
+        """Tower graph, numpy selection and projector graph against the reference, for images of one grid.
+
+        Returns:
+            The chosen tokens of each image, as numbers of its views' tokens.
+        """
+        tower, pixels = self.family.tower(self.config, grid), inputs["pixel_values"]
+        images = pixels[:, : tower.views] if pixels.ndim == 5 else pixels.split(tower.views)
+        per_view = msgspec.structs.replace(stage, keep=stage.keep // tower.views)
+        encode, rows, chosen = make_encoder(per_view, tower.patches), [], []
+        graph = self.graph(grid, taps(stage.by))
+        for image in images:
+            found, tokens = run(graph, pixel_values=image), []
+            for view in range(tower.views):
+                kept, patches = encode({name: value[view] for name, value in found.items()})
+                rows.append(kept)
+                tokens += (view * tower.patches + patches).tolist()
+            chosen.append(tokens)
         projector = self.out / export_projector(self.source, grid)
         visual = run(projector, features=np.concatenate(rows))["visual"]
-        expected, (tokens,) = reduced_features(self.model, inputs, stage)
-        assert chosen == tokens.tolist()
-        assert visual.shape == (stage.keep, self.config.text_config.hidden_size)
+        expected, wanted = reduced_features(self.model, inputs, stage)
+        assert chosen == [tokens.tolist() for tokens in wanted]
+        assert visual.shape == (len(images) * stage.keep, self.config.text_config.hidden_size)
         np.testing.assert_allclose(visual, expected, atol=TOLERANCE)
         return chosen
 

@@ -70,7 +70,7 @@ class Layout:
 
 
 def layout(
-    *, canvases: Sequence[Sequence[int]], view: int, side: int, most: int | None, grid: Grid
+    grid: Grid, *, canvases: Sequence[Sequence[int]], view: int, side: int, most: int | None
 ) -> Layout:
     """The layout that a grid means.
 
@@ -81,8 +81,14 @@ def layout(
         most: how many views' worth of tokens the grid may have before it is thinned out, or None.
 
     Raises:
-        UserError: no image comes to this grid.
+        UserError: no image comes to this grid, or a canvas is no whole views.
     """
+    for height, width in canvases:
+        if height % view or width % view or not (height and width):
+            raise UserError(
+                f"image_grid_pinpoints: {height}x{width} pixels are no whole views of {view}x{view}; correct "
+                "config.json"
+            )
     geometry = AnyResolution(
         view=view,
         tokens=side,

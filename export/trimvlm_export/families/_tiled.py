@@ -122,4 +122,6 @@ class Vision(_towers.Views):
             covered_D1HW = visual_ND.index_select(0, self.covered).T.unflatten(1, self.views.covered)
             grid_1DHW = nn.functional.interpolate(covered_D1HW[None], self.views.grid, mode="bilinear")
             visual_ND = torch.cat((visual_ND[: self.views.side**2], grid_1DHW[0].flatten(1).T))
-        return (torch.cat((visual_ND, self.newline[None])).index_select(0, self.order),)
+        # In one dimension: a newline of two would be a second copy in the graph.
+        rows = torch.cat((visual_ND.flatten(), self.newline)).unflatten(0, (-1, len(self.newline)))
+        return (rows.index_select(0, self.order),)
