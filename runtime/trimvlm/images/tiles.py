@@ -78,18 +78,19 @@ def _arrangements(least: int, most: int) -> list[Grid]:
 
 
 def _tiles(processing: Tiles, grid: Grid | None) -> Grid:
-    """Rows and columns of the tiles of a grid.
+    """Rows and columns of the tiles of a grid; without one, the whole image is a single tile.
 
     Raises:
         UserError: no image comes to it.
     """
-    rows, columns = (0, 0) if grid is None else (tokens // processing.tokens for tokens in grid)
+    if grid is None:
+        return 1, 1
+    rows, columns = (tokens // processing.tokens for tokens in grid)
     view = processing.view
     if rows < 1 or columns < 1 or natural_grid(processing, columns * view, rows * view) != grid:
-        said = "none" if grid is None else f"{grid[0]}x{grid[1]}"
         allowed = f"{processing.least} to {processing.most}" if processing.most > 1 else "1"
+        tile = f"{processing.tokens}x{processing.tokens}"
         raise UserError(
-            f"grid {said}: images here are {allowed} tiles of {processing.tokens}x{processing.tokens} visual "
-            "tokens each"
+            f"grid {grid[0]}x{grid[1]}: images here are {allowed} tiles of {tile} visual tokens each"
         )
     return rows, columns
