@@ -131,8 +131,13 @@ def test_names_and_files_are_those_of_save_pretrained(tmp_path, name):
     }
 
 
-def test_published_names_differ_from_the_saved_ones_as_the_hub_does(tmp_path):
-    make_checkpoint(tiny("llava-1.5-7b", tmp_path), tmp_path / "made", names="published")
+def test_published_names_are_the_hubs_and_mean_the_same_model(tmp_path):
+    description = tiny("llava-1.5-7b", tmp_path)
+    make_checkpoint(description, tmp_path / "made", names="published")
+    make_checkpoint(description, tmp_path / "saved")
+    saved = dict(strictly_loaded(tmp_path / "saved").named_parameters())
+    for key, parameter in strictly_loaded(tmp_path / "made").named_parameters():
+        assert torch.equal(parameter, saved[key]), key
     found = set(header(tmp_path / "made/model.safetensors"))
     assert "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight" in found
     assert "language_model.model.layers.0.self_attn.q_proj.weight" in found
@@ -186,7 +191,7 @@ def test_the_seed_decides_every_byte_and_the_dtype_only_rounds(tmp_path):
 
 def test_memory_does_not_grow_with_a_tensor():
     """The first pieces of a tensor that no machine could hold come at once, and are views of one block."""
-    huge = RandomTensor(name="huge", shape=(1 << 40, 1 << 10), mean=0.0, deviation=1.0)
+    huge = RandomTensor(name="huge", drawn_as="huge", shape=(1 << 40, 1 << 10), mean=0.0, deviation=1.0)
     pieces = list(islice(stream(huge, "float16", 0), 1000))
     assert all(len(piece) <= 2 * PERIOD for piece in pieces)
     assert len({id(piece.obj) for piece in pieces}) == 1
@@ -194,7 +199,7 @@ def test_memory_does_not_grow_with_a_tensor():
 
 def test_no_two_rows_of_a_tensor_are_equal_and_its_values_are_normal():
     wide = 1 << 13  # divides no multiple of the block, unlike a block of 2^22 elements
-    tensor = RandomTensor(name="rows", shape=(2048, wide), mean=0.0, deviation=0.5)
+    tensor = RandomTensor(name="rows", drawn_as="rows", shape=(2048, wide), mean=0.0, deviation=0.5)
     content = b"".join(stream(tensor, "float32", 3))
     rows = np.frombuffer(content, np.float32).reshape(tensor.shape)
     assert len({row.tobytes() for row in rows}) == len(rows)

@@ -24,12 +24,14 @@ class RandomTensor:
 
     Attributes:
         name: as in the weight file.
+        drawn_as: the name that decides the values: the saved one, whatever the file calls it.
         mean, deviation: fan_in^-1/2 of a matrix keeps activations of order one in any width and so finite in
             float16; a vector is around what the model's own initialisation makes constant (norms 1,
             biases 0).
     """
 
     name: str
+    drawn_as: str
     shape: tuple[int, ...]
     mean: float
     deviation: float
@@ -44,7 +46,7 @@ def stream(tensor: RandomTensor, dtype: Dtype, seed: int) -> Iterator[memoryview
     """The tensor's bytes, little-endian, in pieces of at most `PERIOD` elements; nothing is copied."""
     block = _block(seed, tensor.mean, tensor.deviation, dtype)
     width = len(block) // PERIOD
-    digest = hashlib.sha256(f"{seed}:{tensor.name}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{tensor.drawn_as}".encode()).digest()
     start, left = int.from_bytes(digest[:8], "little") % PERIOD, tensor.elements
     while left:
         count = min(left, PERIOD - start)

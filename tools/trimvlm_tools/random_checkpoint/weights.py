@@ -6,6 +6,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,7 @@ def rename(found: Iterable[RandomTensor], patterns: Sequence[tuple[str, str]]) -
         names = renamed
     if len(set(names)) < len(names):
         raise UserError("published_names: two tensors get the same name; make the patterns narrower")
-    return [
-        RandomTensor(name=name, shape=tensor.shape, mean=tensor.mean, deviation=tensor.deviation)
-        for name, tensor in zip(names, found, strict=True)
-    ]
+    return [replace(tensor, name=name) for name, tensor in zip(names, found, strict=True)]
 
 
 def write(
@@ -137,4 +135,4 @@ def _random_tensor(name: str, parameter: Any) -> RandomTensor:
         vector = parameter.detach()
         constant = vector.device.type == "cpu" and bool((vector == vector[0]).all())
         mean, deviation = (float(vector[0]) if constant else 0.0), SMALL
-    return RandomTensor(name=name, shape=shape, mean=mean, deviation=deviation)
+    return RandomTensor(name=name, drawn_as=name, shape=shape, mean=mean, deviation=deviation)
