@@ -10,7 +10,7 @@ from trimvlm.images import fit, natural_grid, read_rgb
 from trimvlm.profile import Grid
 from trimvlm_export import families
 from trimvlm_export.checkpoint import load_config
-from trimvlm_export.processing import image_processing
+from trimvlm_export.processing import image_processing, load_processor
 
 
 class Preparation:
@@ -58,20 +58,10 @@ def grid_of(checkpoint: Path, image_size: tuple[int, int] | None) -> Grid | None
     return None
 
 
-def load_processor(checkpoint: Path) -> Any:
-    """transformers' processor, or that of a family which transformers does not have."""
-    from transformers import AutoProcessor
-
-    family = families.of(load_config(checkpoint).model_type)
-    if hasattr(family, "load_processor"):
-        return family.load_processor(checkpoint)
-    return AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
-
-
 def load_model(checkpoint: Path) -> Any:
     """transformers' model, or that of a family which it does not have, in float32 and evaluation mode."""
     from transformers import AutoModelForImageTextToText
 
-    family = families.of(load_config(checkpoint).model_type)
-    load = getattr(family, "load_model", None) or AutoModelForImageTextToText.from_pretrained
+    families.of(load_config(checkpoint).model_type)  # one that transformers lacks registers itself
+    load = AutoModelForImageTextToText.from_pretrained
     return load(checkpoint, dtype="float32", local_files_only=True).eval()
