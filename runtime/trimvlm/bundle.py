@@ -77,13 +77,14 @@ Dtype = Literal["float32", "float16"]
 class PromptTemplate(Value, frozen=True, kw_only=True):
     """The checkpoint's chat template, frozen to pieces of text.
 
-    A conversation is `start`, then per turn `user_start`, one `image` per image, the text, `user_end`,
-    and for an answered turn `answer_start`, the answer, `answer_end`; at the end `generate`.
+    A conversation is `start`, then per turn `user_start`, one `image` per image, `text_start`, the text,
+    `user_end`, and for an answered turn `answer_start`, the answer, `answer_end`; at the end `generate`.
     """
 
     start: str
     user_start: str
     image: str
+    text_start: str = ""
     user_end: str
     answer_start: str
     answer_end: str

@@ -58,7 +58,8 @@ def render(template: PromptTemplate, turns: Sequence[Turn]) -> str:
     """The text of a conversation that the model is to go on with; each image is its one token in it."""
     pieces = [template.start]
     for turn in turns:
-        pieces += [template.user_start, template.image * turn.images, turn.text, template.user_end]
+        pieces += [template.user_start, template.image * turn.images]
+        pieces += [template.text_start, turn.text, template.user_end]
         if turn.answer is not None:
             pieces += [template.answer_start, turn.answer, template.answer_end]
     return "".join([*pieces, template.generate])

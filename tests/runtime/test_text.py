@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from small_tokenizers import KINDS
 
 from trimvlm.bundle import PromptTemplate, TextProcessing
@@ -65,6 +66,10 @@ def test_render():
     assert (
         render(VICUNA, [Turn(text="a", images=1, answer="b"), Turn(text="c", images=1)])
         == "USER: <image>\na ASSISTANT: b USER: <image>\nc ASSISTANT:"
+    )
+    after = structs.replace(VICUNA, image="<image>", text_start="\n")  # images lie before it, and so it stays
+    assert render(after, [Turn(text="a", images=2, answer="b"), Turn(text="c")]) == (
+        "USER: <image><image>\na ASSISTANT: b USER: \nc ASSISTANT:"
     )
 
 

@@ -51,7 +51,10 @@ def freeze_template(processor: Any, *, source: str) -> PromptTemplate:
         start = begin[: -len(user_start) or None]
         if start + user_start != begin:
             raise ValueError
-        image = _after(rendered([Turn(text=QUESTION, images=1)]).split(QUESTION)[0], begin)
+        image, text_start = _between(begin, rendered([Turn(text=QUESTION, images=1)]).split(QUESTION)[0])
+        user_start = user_start.removesuffix(text_start)
+        if start + user_start + text_start != begin:
+            raise ValueError
     except UserError:
         raise
     except ValueError:
@@ -60,6 +63,7 @@ def freeze_template(processor: Any, *, source: str) -> PromptTemplate:
         start=start,
         user_start=user_start,
         image=image,
+        text_start=text_start,
         user_end=user_end,
         answer_start=answer_start,
         answer_end=answer_end,
@@ -84,6 +88,16 @@ def _after(text: str, prefix: str) -> str:
     if not text.startswith(prefix):
         raise ValueError
     return text[len(prefix) :]
+
+
+def _between(plain: str, longer: str) -> tuple[str, str]:
+    """What stands in the middle of `longer` and not in `plain`, and what follows it; ValueError where there
+    is no such place."""
+    for split in range(len(plain), -1, -1):
+        before, after = plain[:split], plain[split:]
+        if longer.startswith(before) and longer.endswith(after):
+            return longer[split : len(longer) - len(after)], after
+    raise ValueError
 
 
 def not_frozen(source: str, text: str) -> UserError:

@@ -24,20 +24,17 @@ TEXTS = ("What is it?", "  a <b> & 'c' {{ d }}\n\nline ", "Wie groÃŸ\u200b ist ç
 def text_processing(checkpoint: Path | str) -> TextProcessing:
     """The checkpoint's tokenization, end-of-sequence ids and chat template.
 
+    The tokenizer is the checkpoint's `tokenizer.json`, or where `tokenizer_json` gives another, that.
+
     Raises:
-        UserError: no `tokenizer.json`, one that does not tokenize as transformers does, no image token in it,
-            or a chat template that is missing or cannot be frozen into pieces of text.
+        UserError: no tokenizer, one that does not tokenize as transformers does, no image token in it, or a
+            chat template that is missing or cannot be frozen into pieces of text.
     """
     checkpoint = Path(checkpoint)
-    if not (checkpoint / TOKENIZER).is_file():
-        raise UserError(
-            f"{checkpoint}: no {TOKENIZER}; write one with transformers: "
-            "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
-        )
-    config, processor = load_config(checkpoint), load_processor(checkpoint)
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    config, processor = load_config(checkpoint), _load(checkpoint)
     token, wanted = getattr(processor, "image_token", None), _image_token_id(config)
-    if token is None or wanted is None or tokenizer.encode(token, add_special_tokens=False).ids != [wanted]:
+    tokenizer, _ = _tokenizer(checkpoint, processor, token, wanted)
+    if token is None or wanted is None or _ids(tokenizer, token) != [wanted]:
         raise UserError(
             f"{checkpoint}: the tokenizer does not make the one id {wanted} (config.json) of the image token "
             f"{token!r}; correct tokenizer.json or config.json"
@@ -58,6 +55,53 @@ def text_processing(checkpoint: Path | str) -> TextProcessing:
         eos_ids=_eos_ids(checkpoint, config),
         template=frozen,
     )
+
+
+def tokenizer_json(checkpoint: Path | str) -> str | None:
+    """The `tokenizer.json` that a bundle needs in place of the checkpoint's: transformers' own, where the
+    checkpoint has none, or one without the image token. None: the checkpoint's is right.
+
+    Raises:
+        UserError: no tokenizer.
+    """
+    checkpoint = Path(checkpoint)
+    config, processor = load_config(checkpoint), _load(checkpoint)
+    token = getattr(processor, "image_token", None)
+    tokenizer, made = _tokenizer(checkpoint, processor, token, _image_token_id(config))
+    return tokenizer.to_str(pretty=True) if made else None
+
+
+def _load(checkpoint: Path) -> Any:
+    """The processor; without a tokenizer.json it is the first to miss it."""
+    try:
+        return load_processor(checkpoint)
+    except UserError:
+        if (checkpoint / TOKENIZER).is_file() or not (checkpoint / "config.json").is_file():
+            raise
+        raise UserError(
+            f"{checkpoint}: no {TOKENIZER}; write one with transformers: "
+            "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
+        ) from None
+
+
+def _tokenizer(
+    checkpoint: Path, processor: Any, token: str | None, wanted: int | None
+) -> tuple[Tokenizer, bool]:
+    """The tokenizer, and whether it is the processor's instead of the checkpoint's file."""
+    path, backend = checkpoint / TOKENIZER, getattr(processor.tokenizer, "backend_tokenizer", None)
+    stored = load_tokenizer(path) if path.is_file() else None
+    if stored is not None and (backend is None or token is None or _ids(stored, token) == [wanted]):
+        return stored, False
+    if backend is None:
+        raise UserError(f"{checkpoint}: no {TOKENIZER}, and no way to make one; take another tokenizer")
+    made = Tokenizer.from_str(backend.to_str())
+    made.no_truncation()
+    made.no_padding()
+    return made, True
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _prove(checkpoint: Path, tokenizer: Tokenizer, image: ImageText, template: PromptTemplate) -> None:
