@@ -95,12 +95,17 @@ class Family:
 
     def ignored(self, grid: Grid | None) -> dict[str, str]:
         """Tensors that neither vision nor decoder takes; an error for one without a reason."""
+        self.module(grid)
+        self.decoder(grid)
+        return self.source.ignored()
+
+    def decoder(self, grid: Grid | None) -> Any:
+        """The dense decoder with the checkpoint's weights."""
         model = self.family.model_spec(self.config, None, grid)
         profile = Profile(name="dense", method=Method(name="dense"), model=model, decisions=Decisions())
-        self.module(grid)
         decoder = make_decoder(self.config, Schedule.resolve(profile, model))
         self.source.load(decoder, decoder_names(self.family, self.config, decoder))
-        return self.source.ignored()
+        return decoder
 
 
 def picture(size: Grid, seed: int = 0) -> Image.Image:

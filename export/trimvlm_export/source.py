@@ -52,12 +52,15 @@ class Source:
         small = [f for f in sorted(checkpoint.iterdir()) if f.suffix in {".json", ".jinja"} and f.is_file()]
         for file in small:
             shutil.copyfile(file, directory / file.name)
+        tensors = TensorMap((t for file in weights for t in read_header(file)), family.canonical)
+        if f"{family.LM_HEAD}weight" in tensors.tensors:
+            config.tie_word_embeddings = False  # as transformers has it, whatever the configuration says
         return cls(
             out=out,
             dtype=dtype,
             config=config,
             family=family,
-            tensors=TensorMap((t for file in weights for t in read_header(file)), family.canonical),
+            tensors=tensors,
             files=tuple(f"{CHECKPOINT}/{file.name}" for file in [*weights, *small]),
         )
 

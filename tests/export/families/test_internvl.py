@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from family_checks import TOLERANCE, Family, external, run, shards
 from tiny_tiled import tiny_internvl
+from transformers import AutoConfig
 
 from trimvlm.encoder_rules import EncoderStage, PruMerge, VisionTaps, VisionZip, VisPruner, check_tower
 from trimvlm.errors import UserError
@@ -128,6 +130,20 @@ def test_every_tensor_of_a_sharded_checkpoint_has_its_place(
     assert Family(checkpoint).ignored((3, 6)) == {
         f"{prefix}vision_tower.embeddings.mask_token": "only training masks patches"
     }
+
+
+def test_a_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
+    """Configurations may leave it out, and this family's default says that the head is tied."""
+    checkpoint = tiny_internvl(tmp_path / "model")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config.pop("tie_word_embeddings")
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    family = Family(checkpoint)
+    assert AutoConfig.from_pretrained(checkpoint).tie_word_embeddings
+    head, embeddings = family.model.lm_head.weight, family.model.model.language_model.embed_tokens.weight
+    assert not torch.equal(head, embeddings)
+    decoder = family.decoder(None)
+    assert torch.equal(decoder.lm_head.weight, head) and torch.equal(decoder.embed_tokens.weight, embeddings)
 
 
 @pytest.mark.parametrize(
