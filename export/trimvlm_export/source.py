@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from trimvlm.bundle import Dtype
+from trimvlm.bundle import Dtype, write_whole
 from trimvlm_export import families
 from trimvlm_export.checkpoint import Tensor, TensorMap, load_config, read_header, weight_files
+from trimvlm_export.processing import TOKENIZER, tokenizer_json
 from trimvlm_export.weights import mapped, place
 
 CHECKPOINT = "checkpoint"  # the checkpoint itself, inside the bundle: weights, tokenizer, configuration
@@ -52,6 +53,10 @@ class Source:
         small = [f for f in sorted(checkpoint.iterdir()) if f.suffix in {".json", ".jinja"} and f.is_file()]
         for file in small:
             shutil.copyfile(file, directory / file.name)
+        names = [file.name for file in [*weights, *small]]
+        if tokenizer := tokenizer_json(checkpoint):
+            write_whole(directory / TOKENIZER, tokenizer.encode())
+            names += [TOKENIZER] * (TOKENIZER not in names)
         tensors = TensorMap((t for file in weights for t in read_header(file)), family.canonical)
         if f"{family.LM_HEAD}weight" in tensors.tensors:
             config.tie_word_embeddings = False  # as transformers has it, whatever the configuration says
@@ -61,7 +66,7 @@ class Source:
             config=config,
             family=family,
             tensors=tensors,
-            files=tuple(f"{CHECKPOINT}/{file.name}" for file in [*weights, *small]),
+            files=tuple(f"{CHECKPOINT}/{name}" for name in names),
         )
 
     @property

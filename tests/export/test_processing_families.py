@@ -11,13 +11,16 @@ import pytest
 from image_families import INTERNVL, NEXT, ONEVISION, QWEN, photo
 from PIL import Image
 from published_checkpoints import PUBLISHED, write
+from tiny_mobilevlm import tiny_mobilevlm
 from transformers import AutoProcessor
 
 from trimvlm.bundle import TextProcessing
 from trimvlm.errors import UserError
+from trimvlm.image_processing import SingleView
 from trimvlm.images import make_preprocessor, natural_grid
 from trimvlm.text import Turn, load_tokenizer, make_prompter, render
 from trimvlm_export.processing import image_processing, load_processor, text_processing, tokenizer_json
+from trimvlm_export.source import Source
 
 CONVERSATIONS = {
     "no image": [Turn(text="What is in the picture?")],
@@ -211,3 +214,17 @@ def test_a_tokenizer_is_made_where_the_file_has_no_image_token(directories: dict
     ids = load_tokenizer(tmp_path / "tokenizer.json").encode("a <image> the", add_special_tokens=False).ids
     assert ids == made("a <image> the", add_special_tokens=False).input_ids
     assert frozen.image_token_id in ids
+
+
+def test_a_published_mobilevlm_becomes_a_bundle_that_knows_its_image_token(tmp_path: Path):
+    """It has no processor, no chat template and a tokenizer without `<image>`."""
+    checkpoint = tiny_mobilevlm(tmp_path / "checkpoint")
+    Source.place(checkpoint, tmp_path / "bundle", "float32")
+    placed = tmp_path / "bundle" / "checkpoint"
+    frozen = text_processing(checkpoint)
+    assert text_processing(placed) == frozen and tokenizer_json(placed) is None
+    tokenizer = load_tokenizer(placed / frozen.tokenizer)
+    assert frozen.template.image == "<image>\n"
+    assert tokenizer.encode("<image>", add_special_tokens=False).ids == [frozen.image_token_id]
+    processing = image_processing(checkpoint)
+    assert isinstance(processing, SingleView) and processing.square

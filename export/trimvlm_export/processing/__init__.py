@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from trimvlm_export.processing.images import image_processing
 from trimvlm_export.processing.load import load_processor
-from trimvlm_export.processing.text import text_processing, tokenizer_json
+from trimvlm_export.processing.text import TOKENIZER, text_processing, tokenizer_json
 
-__all__ = ["image_processing", "load_processor", "text_processing", "tokenizer_json"]
+__all__ = ["TOKENIZER", "image_processing", "load_processor", "text_processing", "tokenizer_json"]
