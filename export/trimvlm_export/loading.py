@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimvlm.images import fit, natural_grid, read_rgb
+from trimvlm.images import fit, profile_grid, read_rgb
 from trimvlm.profile import Grid
 from trimvlm_export import families
 from trimvlm_export.checkpoint import load_config
@@ -37,12 +37,7 @@ class Preparation:
         """
         pictures = [read_rgb(image) for image in images]
         if self.grid is not None:
-            pictures = [
-                image
-                if natural_grid(self._processing, *image.size) == self.grid
-                else fit(self._processing, image, self.grid)
-                for image in pictures
-            ]
+            pictures = [fit(self._processing, image, self.grid) for image in pictures]
         return dict(self.processor(images=pictures or None, text=prompt, return_tensors="pt"))
 
 
@@ -54,7 +49,7 @@ def grid_of(checkpoint: Path, image_size: tuple[int, int] | None) -> Grid | None
     """
     processing = image_processing(checkpoint)
     if image_size is not None:
-        return natural_grid(processing, *image_size)
+        return profile_grid(processing, *image_size)
     return None
 
 

@@ -19,7 +19,7 @@ from trimvlm.detokenization import stream_text
 from trimvlm.errors import UserError
 from trimvlm.images import ImageSource, nearest_grid, read_rgb
 from trimvlm.opening import ORT_CPU, open_backends
-from trimvlm.profile import Grid
+from trimvlm.profile import Grid, ModelSpec
 from trimvlm.runner import Runner
 from trimvlm.sampling import make_sampler
 from trimvlm.text import Prompt, Turn, load_tokenizer
@@ -86,6 +86,11 @@ class Session:
         ]
         name = names[0] if len(names) == 1 else names[0].partition("@")[0]
         return cls(bundle, name, target, runners, tokenizer)
+
+    @property
+    def model(self) -> ModelSpec:
+        """What the latest prompt ran on."""
+        return self._runner.model
 
     @property
     def member(self) -> str:

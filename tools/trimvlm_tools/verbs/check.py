@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from trimvlm.bundle import Bundle
 from trimvlm.errors import UserError
@@ -24,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--data", default="demo", metavar="DIR", help="folder with questions.jsonl, or demo (held-out scenes)"
     )
     parser.add_argument("--samples", type=int, default=20, metavar="N", help="questions (default 20)")
+    parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="of each answer (16)")
     parser.add_argument(
         "--write-goldens", action="store_true", help=f"keep {GOLDENS} questions in the bundle for --goldens"
     )
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.samples < 1:
         raise UserError(f"--samples: {args.samples} is not a positive number")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: {args.max_new_tokens} is not a positive number")
     bundle = Bundle(args.bundle)
     names = [bundle.entry(name)[0] for name in args.profile or sorted(bundle.manifest.profiles)]
     reports = from_goldens(bundle, names, args) if args.goldens else from_reference(bundle, names, args)
@@ -65,14 +69,25 @@ def from_reference(bundle: Bundle, names: list[str], args: argparse.Namespace) -
     from trimvlm_tools.demo_data import demo_samples
     from trimvlm_tools.parity.check import HuggingFace, check
 
-    reports, hf = [], HuggingFace(bundle)
+    reports: list[ParityReport] = []
+    loaded: dict[Any, HuggingFace] = {}
     with demo_samples(args.data, "test", args.samples) as folder:
         questions = draw(load_samples(folder), args.samples, seed=0)
         for name in names:
+            grid = bundle.entry(name)[1].model.grid
+            if grid not in loaded:
+                loaded = {grid: HuggingFace(bundle, grid)}
             with console.progress(f"check {name}", total=len(questions)) as advance:
                 goldens = GOLDENS if args.write_goldens else 0
                 report = check(
-                    bundle, name, questions, data=args.data, advance=advance, goldens=goldens, hf=hf
+                    bundle,
+                    name,
+                    questions,
+                    data=args.data,
+                    max_new_tokens=args.max_new_tokens,
+                    advance=advance,
+                    goldens=goldens,
+                    hf=loaded[grid],
                 )
                 reports.append(report)
                 bundle = Bundle(args.bundle)  # its manifest may have gained goldens

@@ -1,0 +1,187 @@
+"""Every family through the command line: a checkpoint as a user has it, exported with profiles of every kind,
+checked against Hugging Face; then conversations of two images and two turns through the runtime.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from tiny_mobilevlm import tiny_mobilevlm
+from tiny_models import tiny_llava
+from tiny_qwen import tiny_qwen
+from tiny_tiled import tiny_internvl, tiny_next, tiny_onevision
+
+from trimvlm.encoder_rules import EncoderStage, HiPrune
+from trimvlm.profile import Decisions, Grid, LayerRule, Method, Profile, Select
+from trimvlm.rules import LastRowAttention
+from trimvlm.schedule import resolve
+from trimvlm.session import Session
+from trimvlm.text import Turn
+from trimvlm_calib.files import save_profile
+from trimvlm_export.checkpoint import model_spec
+from trimvlm_export.loading import Preparation, load_model
+from trimvlm_export.processing import image_processing
+from trimvlm_export.reference import Reference
+from trimvlm_tools.cli import main
+
+TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family: how to make a checkpoint, the size of its images, and the budget of its encoder stage."""
+
+    make: Callable[..., Path]
+    size: tuple[int, int] = (150, 113)
+    keep: int = 6
+    several: tuple[int, int] | None = None
+
+
+CASES = {
+    "llava": Case(lambda path: tiny_llava(path, layers=3)),
+    "llava_next": Case(lambda path: tiny_next(path, shard="60KB"), keep=10),
+    "llava_onevision": Case(lambda path: tiny_onevision(path, shard="60KB"), keep=10),
+    "internvl": Case(lambda path: tiny_internvl(path, shard="60KB"), keep=14),
+    "qwen2_vl": Case(lambda path: tiny_qwen(path, "qwen2_vl", layers=3, tie=True, shard="60KB")),
+    "qwen2_5_vl": Case(lambda path: tiny_qwen(path, "qwen2_5_vl", layers=3, old_names=False)),
+    "mobilevlm": Case(lambda path: tiny_mobilevlm(path, layers=3, shards=2), keep=24),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return CASES[family].make(tmp_path_factory.mktemp(family) / "model")
+
+
+@pytest.fixture(scope="module")
+def photographs(checkpoint: Path, family: str) -> list[Path]:
+    """One of the size that the profiles are for, one that has to be made to fit."""
+    directory = checkpoint.parent / "data"
+    directory.mkdir()
+    pictures = [
+        Image.fromarray(data.astronaut()).resize(CASES[family].size),
+        Image.fromarray(data.coffee()).resize((201, 97)),
+    ]
+    lines = []
+    for number, picture in enumerate(pictures):
+        picture.save(directory / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "question": f"what is the color of w{number} ?"}))
+    (directory / "questions.jsonl").write_text("\n".join(lines))
+    return [directory / f"{number}.png" for number in range(len(pictures))]
+
+
+def decisions(keep: int) -> dict[str, Decisions]:
+    return {
+        "fastv": Decisions(select=(Select(layer=1, keep=3, by=LastRowAttention(attention="previous")),)),
+        "v-skip": Decisions(layers=(LayerRule(layers=(1,), query="none"),)),
+        "late": Decisions(inject=1, exit=2),
+        "hiprune": Decisions(
+            encoder=EncoderStage(keep=keep, by=HiPrune(alpha=0.5, object_layer=0, deep_layer=1))
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, family: str) -> Path:
+    """Dense and the four, exported by the command line."""
+    case, out = CASES[family], checkpoint.parent / "bundle"
+    size = (
+        []
+        if image_processing(checkpoint).__class__.__name__ == "SingleView"
+        else ["--image-size", "{}x{}".format(*case.size)]
+    )
+    assert main(["export", str(checkpoint), "--out", str(out), *size]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    ((name, entry),) = manifest["profiles"].items()
+    assert name.partition("@")[0] == "dense"
+    grid = entry["model"]["grid"] and tuple(entry["model"]["grid"])
+    files = []
+    for each, made in decisions(case.keep).items():
+        profile = Profile(
+            name=each, method=Method(name=each), model=model_spec(checkpoint, grid), decisions=made
+        )
+        files.append(checkpoint.parent / f"{each}.yaml")
+        save_profile(profile, files[-1])
+    options = [option for file in files for option in ("--profile", str(file))]
+    assert main(["export", str(checkpoint), "--out", str(out), *options]) == 0
+    return out
+
+
+def test_checked_by_the_command_line(
+    bundle: Path, photographs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["check", str(bundle), "--data", str(photographs[0].parent), "--samples", "2", "--json"]
+    code = main([*arguments, "--max-new-tokens", str(TOKENS)])
+    reports = json.loads(capsys.readouterr().out)
+    bad = {
+        (report["profile"], rung["name"], metric["name"]): metric["value"]
+        for report in reports
+        for rung in report["rungs"]
+        for metric in rung["metrics"]
+        if metric["limit"] is not None and not metric["value"] <= metric["limit"]
+    }
+    assert bad == {} and code == 0
+    assert len(reports) == 5
+
+
+def test_two_images_and_two_turns(
+    bundle: Path, checkpoint: Path, photographs: list[Path], family: str
+) -> None:
+    """The prompt is the chat template's, and the answers are those of the model and of the reference."""
+    history = [Turn(text="what is w3 ?", images=1, answer="w9 w4")]
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is w3 ?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "w9 w4"}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how many w7 ?"}]},
+    ]
+    model = load_model(checkpoint)
+    with Session.open(bundle, "dense") as session:
+        grid = session.model.grid
+        inputs = prepared(checkpoint, grid, photographs, messages)
+        with torch.no_grad():
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
+        wanted = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        assert generated(session, photographs, history) == wanted
+    for name, made in decisions(CASES[family].keep).items():
+        schedule = resolve(made, model_spec(checkpoint, grid))
+        with Reference(model, schedule, made.encoder) as reference:
+            wanted = reference.generate(inputs, TOKENS)
+        with Session.open(bundle, name) as session:
+            assert generated(session, photographs, history) == wanted, name
+
+
+def prepared(
+    checkpoint: Path, grid: Grid | None, images: list[Path], messages: list[dict[str, Any]]
+) -> dict[str, Any]:
+    prepare = Preparation(checkpoint, grid)
+    prompt = prepare.processor.apply_chat_template(messages, add_generation_prompt=True)
+    return prepare(images, prompt)
+
+
+def generated(session: Session, images: list[Path], history: list[Turn]) -> list[int]:
+    """Greedy ids, the end token included where it was reached."""
+    prompt = session.prompt("how many w7 ?", 2, history=history)
+    seen = session.visual(images)
+    outputs = session.prefill(prompt, seen.rows, patches=seen.chosen)
+    ids: list[int] = []
+    while len(ids) < TOKENS:
+        if ids:
+            outputs = session.step(ids[-1], outputs)
+        ids.append(int(np.argmax(outputs["logits"][0])))
+        if ids[-1] in session.bundle.manifest.text.eos_ids:
+            break
+    return ids
