@@ -166,21 +166,32 @@ class TensorMap:
 
 
 def load_config(directory: Path) -> Any:
+    """transformers' configuration object of a checkpoint whose weights are all there.
+
+    Raises:
+        UserError: as `weight_files` and `read_config`.
+    """
+    weight_files(directory)
+    return read_config(directory)
+
+
+def read_config(directory: Path) -> Any:
     """transformers' configuration object; code that a checkpoint may bring is never executed.
 
     Raises:
-        UserError: no model there, or a model type that transformers or trimvlm does not know.
+        UserError: a configuration that is none, or a model type that transformers or trimvlm does not know.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from trimvlm_export import families
 
-    weight_files(directory)
     try:  # a family that transformers does not have tells it about itself when it is imported
         families.of(json.loads((directory / "config.json").read_text()).get("model_type"))
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{directory}: config.json cannot be used: {str(error).splitlines()[0]}") from None
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{directory}: config.json cannot be used: {reason}") from None
 
 
 def model_spec(directory: Path | str, grid: Grid | None = None) -> ModelSpec:

@@ -45,8 +45,9 @@ def grid_of(checkpoint: Path, image_size: tuple[int, int] | None) -> Grid | None
     """The grid of images of a size (width, height) in pixels; None where images have none.
 
     Raises:
-        UserError: a model whose images have grids, and no size.
+        UserError: no model there, or images that trimvlm cannot prepare.
     """
+    load_config(checkpoint)  # says better than the processor that there is no model
     processing = image_processing(checkpoint)
     if image_size is not None:
         return profile_grid(processing, *image_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -57,15 +58,12 @@ class Source:
         if tokenizer := tokenizer_json(checkpoint):
             write_whole(directory / TOKENIZER, tokenizer.encode())
             names += [TOKENIZER] * (TOKENIZER not in names)
-        tensors = TensorMap((t for file in weights for t in read_header(file)), family.canonical)
-        if f"{family.LM_HEAD}weight" in tensors.tensors:
-            config.tie_word_embeddings = False  # as transformers has it, whatever the configuration says
         return cls(
             out=out,
             dtype=dtype,
             config=config,
             family=family,
-            tensors=tensors,
+            tensors=map_tensors((t for file in weights for t in read_header(file)), family, config),
             files=tuple(f"{CHECKPOINT}/{name}" for name in names),
         )
 
@@ -100,3 +98,15 @@ class Source:
             UserError: a tensor that should have been used.
         """
         return self.tensors.rest(lambda name: self.family.unused(self.config, name))
+
+
+def map_tensors(tensors: Iterable[Tensor], family: ModuleType, config: Any) -> TensorMap:
+    """A checkpoint's tensors by transformers' names. `config` learns whether the LM head is really tied.
+
+    Raises:
+        UserError: two tensors of one name.
+    """
+    found = TensorMap(tensors, family.canonical)
+    if f"{family.LM_HEAD}weight" in found.tensors:
+        config.tie_word_embeddings = False  # as transformers has it, whatever the configuration says
+    return found

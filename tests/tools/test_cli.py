@@ -103,7 +103,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--colour"], "trimvlm: unrecognized arguments: --colour; see trimvlm --help"),
         (
             ["inspect"],
-            "trimvlm inspect: the following arguments are required: path; see trimvlm",
+            "trimvlm inspect: the following arguments are required: MODEL_OR_BUNDLE; see trimvlm",
         ),
         (["inspect", "x", "--text", "many"], "argument --text: invalid int value: 'many'; see"),
         (["inspect", "x", "--text", "0"], "trimvlm inspect: --text: 0 is not a positive number"),

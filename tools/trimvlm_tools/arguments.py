@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
+MODEL = "a Hugging Face checkpoint: its directory, or its Hub id where it is in the local cache"
+
 
 def add_image_size(parser: argparse.ArgumentParser) -> None:
     """`--image-size WxH`: which grid of visual tokens a model with several is wanted for."""

@@ -2,7 +2,8 @@
 
 A verb is one file with `configure(parser)` and `run(args) -> int` and one line in `VERBS`; one that is a word
 of Python's (`import`) has a file with an underscore after it. Exit codes:
-0 done, 1 a gate failed (`check`), 2 the user can mend it (one line on stderr says how), 130 interrupted.
+0 done, 1 a gate failed (`check`; `inspect` of a model), 2 the user can mend it (one line on stderr says
+how), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ VERBS = {
     "run": "ask a bundle about images",
     "check": "measure a bundle against the reference; exits with 1 when a gate fails",
     "bench": "measure times and memory of a bundle",
-    "inspect": "show the schedule, cost and files of a bundle or profile",
+    "inspect": "show what a model, bundle or profile holds and costs, and what export would refuse",
     "compare": "compare methods at matched FLOPs on held-out questions",
     "methods": "list the calibration methods and their parameters",
     "import": "another tool's configuration as a profile; list the profiles that come with trimvlm",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimvlm.errors import UserError
-from trimvlm_tools.arguments import add_image_size
+from trimvlm_tools.arguments import MODEL, add_image_size
 from trimvlm_tools.console import emit, say, stages
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ DEMO_SAMPLES = 100  # as many are there to draw from
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `trimvlm calibrate`."""
-    parser.add_argument("model", type=Path, help="directory of a Hugging Face checkpoint")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--method", required=True, metavar="NAME")
     parser.add_argument("--data", required=True, metavar="PATH", help="folder or JSONL of samples, or demo")
     parser.add_argument(
@@ -60,21 +60,24 @@ def run(args: argparse.Namespace) -> int:
     from trimvlm_calib.calibrated import save_calibrated
     from trimvlm_calib.curves import check_drawing
     from trimvlm_calib.distributed import join
+    from trimvlm_calib.methods import find
     from trimvlm_calib.partial import discard
     from trimvlm_calib.samples import load_samples, set_name
+    from trimvlm_export.hub import resolve_checkpoint
     from trimvlm_export.loading import grid_of
     from trimvlm_tools.demo_data import demo_samples
 
     check_name(args.out.stem)  # before the work, not after it
+    find(args.method)
     if not args.out.parent.is_dir():
         raise UserError(f"--out: there is no directory {args.out.parent}")
     if args.curves:
         check_drawing(args.curves)
-    parameters = _parameters(args.set)
+    parameters, model = _parameters(args.set), resolve_checkpoint(args.model)
     pool = max(args.samples or 0, DEMO_SAMPLES) * (10 if args.task else 1)  # the demo has ten kinds
     with join() as team, demo_samples(args.data, "calib", pool) as data, _progress(team) as tell:
         made = calibrate_all(
-            args.model,
+            model,
             args.method,
             load_samples(data),
             parameters,
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             task=args.task,
             name=args.out.stem,
-            grid=grid_of(args.model, args.image_size),
+            grid=grid_of(model, args.image_size),
             progress=tell,
             output=args.out,
             team=team,

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from trimvlm.errors import UserError
 from trimvlm_tools import console
-from trimvlm_tools.arguments import add_image_size
+from trimvlm_tools.arguments import MODEL, add_image_size
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `trimvlm export`."""
-    parser.add_argument("model", type=Path, help="directory of a Hugging Face checkpoint")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument(
         "--profile",
         action="append",
@@ -34,8 +34,10 @@ def run(args: argparse.Namespace) -> int:
     from trimvlm.schedule import Schedule
     from trimvlm_calib import shipped
     from trimvlm_export.checkpoint import model_spec
+    from trimvlm_export.hub import resolve_checkpoint
     from trimvlm_export.loading import grid_of
 
+    model = resolve_checkpoint(args.model)
     if args.profile:
         if args.image_size:
             raise UserError(
@@ -43,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
             )
         profiles = [shipped.load_file_or_shipped(each) for each in args.profile]
     else:
-        spec = model_spec(args.model, grid_of(args.model, args.image_size))
+        spec = model_spec(model, grid_of(model, args.image_size))
         profiles = [Profile(name="dense", method=Method(name="dense"), model=spec)]
     for number, profile in enumerate(profiles):
-        Schedule.resolve(profile, model_spec(args.model, profile.model.grid))
+        Schedule.resolve(profile, model_spec(model, profile.model.grid))
         if profile.key in {other.key for other in profiles[:number]}:
             raise UserError(f"--profile: two profiles are named {profile.key}; rename one")
     beside = [Path(each).parent for each in args.profile] or [None]
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     with console.progress("export", len(profiles)) as step:
         for profile, directory in zip(profiles, beside, strict=True):
-            export(args.model, profile, args.out, dtype=args.dtype, beside=directory)
+            export(model, profile, args.out, dtype=args.dtype, beside=directory)
             step(profile.key)
     manifest = Bundle(args.out).manifest
     size = sum(file.bytes for file in manifest.files.values())

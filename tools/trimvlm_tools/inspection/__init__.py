@@ -1,0 +1,1 @@
+"""What `trimvlm inspect` reports. Each file gives a report as plain data, or its text for people."""
