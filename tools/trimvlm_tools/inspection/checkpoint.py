@@ -152,7 +152,7 @@ def _of_graphs(
     vision = problems(family.Vision, config, grid, None)
     decoder = problems(make_decoder, config, dense) if dense else None
     graphs: dict[str, Any] = {"vision": None, "decoder": None}
-    needs = {}
+    needs: dict[str, Any] = {"vision": None, "decoder": None}
     if vision is not None:
         needs["vision"] = wanted(vision, vision.parameter_names())
         if settled and dense:
@@ -169,7 +169,7 @@ def _of_graphs(
             "outputs": values(decoder_outputs(dense)),
         }
     accounts = None
-    if tensors is not None and len(needs) == len(graphs):
+    if tensors is not None:
         accounts, found = account(tensors, config, family, needs)
         for problem in found:
             problems.add(problem)

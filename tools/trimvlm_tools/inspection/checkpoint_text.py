@@ -75,7 +75,8 @@ def _weights(stored: dict[str, Any] | None, tensors: dict[str, Any] | None) -> s
     ]
     rows = [(f"stored in {dtype}", *found.values()) for dtype, found in stored["dtypes"].items()]
     if tensors:
-        rows += [(f"{role} graph", *found.values()) for role, found in tensors["consumed"].items()]
+        used = {role: found for role, found in tensors["consumed"].items() if found}
+        rows += [(f"{role} graph", *found.values()) for role, found in used.items()]
         rows.append(("ignored", *tensors["ignored_sizes"].values()))
     lines.append(console.table(("", "tensors", "parameters", "bytes"), rows))
     if tensors and tensors["ignored"]:

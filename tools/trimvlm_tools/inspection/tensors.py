@@ -53,12 +53,12 @@ def unreadable(tensors: Iterable[Tensor]) -> list[str]:
 
 
 def account(
-    tensors: TensorMap, config: Any, family: ModuleType, graphs: Mapping[str, Wanted]
+    tensors: TensorMap, config: Any, family: ModuleType, graphs: Mapping[str, Wanted | None]
 ) -> tuple[dict[str, Any], list[str]]:
     """Takes each tensor that the graphs need, as export does.
 
     Args:
-        graphs: role to what it needs.
+        graphs: role to what it needs; None: not known, and with it which tensors have no use.
 
     Returns:
         Sizes by role (`consumed`), names and reasons (`ignored`), and of what should not be: parameters
@@ -68,15 +68,17 @@ def account(
     consumed, missing = {}, {}
     for role, needed in graphs.items():
         taken = {}
-        for name, shape in needed.items():
+        for name, shape in (needed or {}).items():
             try:
                 taken[name] = tensors.take(name, shape)
             except UserError as error:
                 missing[name] = str(error)
-        consumed[role] = sizes(taken.values())
+        consumed[role] = None if needed is None else sizes(taken.values())
     rest = {name: family.unused(config, name) for name in sorted(set(tensors.tensors) - tensors.taken)}
     # A tensor of the wrong shape is no surprise: it is listed as missing.
     unexpected = [name for name, reason in rest.items() if reason is None and name not in missing]
+    if None in graphs.values():
+        unexpected = []
     ignored = [name for name, reason in rest.items() if reason is not None]
     problems = []
     if missing:
