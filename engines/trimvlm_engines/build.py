@@ -119,7 +119,8 @@ def check(bundle: Bundle, target: Target) -> None:
     if dtype not in target.dtypes:
         raise UserError(
             f"{bundle.directory}: the weights are {dtype}, but target {target.name} runs "
-            f"{', '.join(target.dtypes)}; export with --dtype {target.dtypes[0]}"
+            f"{', '.join(target.dtypes)}; export with --dtype {target.dtypes[0]}, or build for a target that "
+            f"runs {dtype} (trimvlm targets)"
         )
     weights = sum(bundle.manifest.files[name].bytes for name in bundle.manifest.weights)
     if target.memory_gb is not None and weights > target.memory_gb * 2**30:

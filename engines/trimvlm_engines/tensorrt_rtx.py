@@ -42,8 +42,9 @@ class TensorRtRtx:
     ) -> dict[str, Any]:
         """Builds the plan for the Target's compute capability.
 
-        float32 Attention has no dedicated kernel (1.7.1), so it is decomposed from the start; float16 is
-        decomposed only where the builder finds no kernel (measured: head size 8), and the result says which.
+        float32 Attention has no dedicated kernel (1.7.1), so it is decomposed from the start; float16 and
+        bfloat16 are decomposed only where the builder finds no kernel (measured: head size 8), and the result
+        says which.
         """
         assert sink is not None
         if self._target.lowering == "primitive":

@@ -8,6 +8,7 @@ import torch
 
 from trimvlm.encoder_rules import EncoderStage, VisionTaps, taps
 from trimvlm.profile import Grid
+from trimvlm_export.passes.bfloat16 import widen
 from trimvlm_export.passes.primitive import OPSET
 from trimvlm_export.source import Source
 from trimvlm_export.trace import attach_weights, save, trace
@@ -76,4 +77,4 @@ def _write(
         opset=OPSET,  # one graph for every target
     )
     attach_weights(model, weights, source.out)
-    save(model, source.out / file)
+    save(widen(model), source.out / file)

@@ -7,13 +7,13 @@ converted tensor by tensor, so that memory holds one tensor at a time.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from trimvlm.bundle import Dtype
@@ -21,7 +21,9 @@ from trimvlm.errors import UserError
 from trimvlm_export.checkpoint import Tensor, read_header
 
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SAFETENSORS = {"float32": "F32", "float16": "F16"}
+_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# Precisions of a larger range, for values that one cannot hold.
+_WIDER = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
 
 
 def place(file: Path, directory: Path, dtype: Dtype) -> Path:
@@ -34,13 +36,14 @@ def place(file: Path, directory: Path, dtype: Dtype) -> Path:
     tensors = read_header(file)
     if all(tensor.dtype == dtype for tensor in tensors):
         if not (target.exists() and target.samefile(file)):
-            _link(file, target)
+            link(file, target)
     elif not (target.exists() and _same_conversion(file, target)):
         _convert(tensors, target, dtype, source=file)
     return target
 
 
-def _link(file: Path, target: Path) -> None:
+def link(file: Path, target: Path) -> None:
+    """Gives a file a second place, whole or not at all: hard-linked, or copied across file systems."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         temporary = Path(scratch) / file.name
         try:
@@ -63,11 +66,11 @@ def _same_conversion(file: Path, target: Path) -> bool:
 
 
 def _convert(tensors: list[Tensor], target: Path, dtype: Dtype, *, source: Path) -> None:
-    width = np.dtype(dtype).itemsize
+    width = _TORCH[dtype].itemsize
     header: dict[str, object] = {"__metadata__": {"format": "pt", "converted_from": _stamp(source)}}
     end = 0
     for tensor in tensors:
-        start, end = end, end + int(np.prod(tensor.shape)) * width
+        start, end = end, end + math.prod(tensor.shape) * width
         header[tensor.name] = {
             "dtype": _SAFETENSORS[dtype],
             "shape": list(tensor.shape),
@@ -80,12 +83,11 @@ def _convert(tensors: list[Tensor], target: Path, dtype: Dtype, *, source: Path)
         with os.fdopen(handle, "wb") as stream:
             stream.write(struct.pack("<Q", len(encoded)) + encoded)
             for tensor in tensors:
-                converted = mapped(tensor).to(_TORCH[dtype])
+                given = mapped(tensor)
+                converted = given.to(_TORCH[dtype])
                 if not torch.isfinite(converted).all():
-                    raise UserError(
-                        f"{source.name}: {tensor.name} has values that {dtype} cannot hold; export in float32"
-                    )
-                stream.write(converted.numpy().tobytes())
+                    raise UserError(f"{source.name}: {tensor.name} {_wrong_with(given, dtype)}")
+                stream.write(converted.reshape(-1).view(torch.uint8).numpy().data)
             stream.flush()
             os.fsync(stream.fileno())
         Path(temporary).chmod(0o644)
@@ -93,6 +95,13 @@ def _convert(tensors: list[Tensor], target: Path, dtype: Dtype, *, source: Path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _wrong_with(given: torch.Tensor, dtype: Dtype) -> str:
+    """Why a tensor is not finite after its conversion."""
+    if not torch.isfinite(given).all():
+        return "has values that are not finite; the checkpoint is damaged, fetch it again"
+    return f"has values that {dtype} cannot hold; export in {_WIDER[dtype]}"
 
 
 def mapped(tensor: Tensor) -> torch.Tensor:

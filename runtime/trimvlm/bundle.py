@@ -71,7 +71,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 
 Lowering = Literal["fused", "primitive"]
-Dtype = Literal["float32", "float16"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 class PromptTemplate(Value, frozen=True, kw_only=True):

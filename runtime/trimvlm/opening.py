@@ -23,7 +23,7 @@ def open_backends(
 
     Raises:
         UserError: no profile or engine of that name, members that differ in their encoder stage, an engine of
-            an older profile, or a backend that is not installed.
+            an older profile, a precision that the target does not run, or a backend that is not installed.
     """
     members = bundle.members(name)
     if len({bundle.profile(member).decisions.encoder for member in members}) > 1:
@@ -45,6 +45,12 @@ def _graphs(bundle: Bundle, name: str, target: str) -> tuple[str, dict[str, str]
     """Backend and files by role that run a profile on a target."""
     entry = bundle.manifest.profiles[name]
     engine: Engine | None = entry.engines.get(target)
+    if target == ORT_CPU and bundle.manifest.dtype == "bfloat16":
+        raise UserError(
+            f"{bundle.directory}: the weights are bfloat16, which ONNX Runtime does not compute on a CPU; "
+            "export with --dtype float32 or float16, or open it for a target that runs bfloat16 "
+            "(trimvlm targets)"
+        )
     if engine is None and target == ORT_CPU:
         some = {"projector": entry.projector, "router": entry.router}
         others = {role: file for role, file in some.items() if file}

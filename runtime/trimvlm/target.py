@@ -76,7 +76,7 @@ class Target(Value, frozen=True, kw_only=True):
         if not all(_CLAUSE.fullmatch(clause) for clause in self.versions.split(",")):
             raise UserError(f"{where}: versions: {self.versions!r} is not of the form >=10.3,<10.4")
         if not self.dtypes:
-            raise UserError(f"{where}: dtypes: name at least one of float16, float32")
+            raise UserError(f"{where}: dtypes: name at least one of float16, bfloat16, float32")
         if not self.source.strip():
             raise UserError(f"{where}: source: say where the figures come from")
         if (self.compute_capability is None) != (self.backend == "onnxruntime"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from trimvlm.bundle import MANIFEST, Bundle
 from trimvlm.value import Value
 
-_VALUE_BYTES = {"float32": 4, "float16": 2}
+_VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Size(Value, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_image_size(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="directory to write")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--json", action="store_true", help="machine-readable report on stdout")
 
 
