@@ -18,8 +18,7 @@ from trimvlm.encoder_rules import EncoderStage
 from trimvlm_export import families
 from trimvlm_export.reference_encoder_rules import View, reduce
 
-# What two implementations in float32 differ by; a choice that such noise changes is a tie.
-DISTURBANCE, TRIES = 1e-5, 8
+TRIES = 8
 
 
 @torch.no_grad()
@@ -51,9 +50,11 @@ def reduced_features(
 
 
 @torch.no_grad()
-def hangs_on_rounding(model: Any, inputs: Mapping[str, Any] | Tensor, stage: EncoderStage) -> bool:
-    """Whether other tokens are chosen of some image when all that the tower computed moves by `DISTURBANCE`
-    of its largest value: rules that choose step by step (VisPruner) carry one tie through all later steps."""
+def hangs_on_rounding(
+    model: Any, inputs: Mapping[str, Any] | Tensor, stage: EncoderStage, noise: float
+) -> bool:
+    """Whether other tokens are chosen of some image when all that the tower computed moves by `noise` of its
+    largest value: rules that choose step by step (VisPruner) carry one tie through all later steps."""
     random = np.random.default_rng(0)
     for image in families.of(model.config.model_type).reference_views(model, _mapping(inputs)):
         per_view = _per_view(stage, image.count)
@@ -61,7 +62,7 @@ def hangs_on_rounding(model: Any, inputs: Mapping[str, Any] | Tensor, stage: Enc
             view = image.see(number)
             _, patches = reduce(per_view, view)
             for _ in range(TRIES):
-                _, others = reduce(per_view, _disturbed(view, random))
+                _, others = reduce(per_view, _disturbed(view, random, noise))
                 if patches.tolist() != others.tolist():
                     return True
     return False
@@ -77,11 +78,11 @@ def _per_view(stage: EncoderStage, views: int) -> EncoderStage:
     return msgspec.structs.replace(stage, keep=stage.keep // views)
 
 
-def _disturbed(view: View, random: np.random.Generator) -> View:
+def _disturbed(view: View, random: np.random.Generator, share: float) -> View:
     """The same with Gaussian noise on every array that rules read."""
 
     def noisy(array: np.ndarray) -> np.ndarray:
-        noise = random.normal(0.0, DISTURBANCE * np.abs(array).max(), array.shape)
+        noise = random.normal(0.0, share * np.abs(array).max(), array.shape)
         return (array + noise).astype(array.dtype)
 
     return replace(

@@ -21,6 +21,7 @@ from trimvlm_tools.parity.answer import Answer
 from trimvlm_tools.parity.choices import thresholds_of
 from trimvlm_tools.parity.compare import LIMITS, Worst, kl, max_abs
 from trimvlm_tools.parity.goldens import write_goldens
+from trimvlm_tools.parity.rounded import runnable
 from trimvlm_tools.parity.router import Score, make_router
 
 
@@ -63,7 +64,7 @@ def check(
     chooses = bool(schedule.stages or schedule.skip_stages or stage)
     effect_kl, effect_tokens, pixels = [], 0, 0.0
     kept: list[tuple[Sample, Answer]] = []
-    with Session.open(bundle, name) as session:
+    with runnable(bundle) as graphs, Session.open(graphs, name) as session:
         for question in questions:
             inputs = hf.inputs(question)
             untouched, dense_answer = hf.dense(question, dense, max_new_tokens)
@@ -79,7 +80,7 @@ def check(
             pixels = max(pixels, max_abs(image * std, theirs * std))
             found = graph_answer(session, question, image, wanted)
             if stage and not all(map(np.array_equal, found.patches, wanted.patches)):
-                wanted = replace(wanted, patches_tie=hf.patches_tie(inputs, stage))
+                wanted = replace(wanted, patches_tie=hf.patches_tie(inputs, stage, limits.tower_noise))
             free.add(found, wanted)
             if chooses:
                 forced.add(graph_answer(session, question, image, wanted, force=True), wanted)
@@ -91,12 +92,13 @@ def check(
         Metric(name="pruning: share of answers changed", value=effect_tokens / len(questions)),
     )
     pixel_metric = Metric(name="pixels max abs (of 0..1)", value=pixels, limit=1 / 255)
+    graph = "graph" if graphs is bundle else "graph, rounded after every operator"
     rungs = [
         Rung(name="dense HF -> reference, nothing pruned", metrics=plain.metrics()),
-        Rung(name="reference -> graph, free running", metrics=(pixel_metric, *free.metrics())),
-        Rung(name="reference -> graph, forced indices", metrics=forced.metrics())
+        Rung(name=f"reference -> {graph}, free running", metrics=(pixel_metric, *free.metrics())),
+        Rung(name=f"reference -> {graph}, forced indices", metrics=forced.metrics())
         if chooses
-        else Rung(name="reference -> graph, forced indices", skipped="this profile selects nothing"),
+        else Rung(name=f"reference -> {graph}, forced indices", skipped="this profile selects nothing"),
         Rung(name="effect of pruning: dense -> reference", metrics=effect),
         *(
             Rung(name=f"graph -> engine {target}", skipped="no device of that kind here")
@@ -166,11 +168,11 @@ class HuggingFace:
             tokens=tokens,
         )
 
-    def patches_tie(self, inputs: dict[str, Any], stage: EncoderStage) -> bool:
-        """Whether rounding decides which patches an encoder stage chooses."""
+    def patches_tie(self, inputs: dict[str, Any], stage: EncoderStage, noise: float) -> bool:
+        """Whether rounding decides which patches a stage chooses; `noise` is a share, see `Limits`."""
         from trimvlm_export.reference_encoder import hangs_on_rounding
 
-        return hangs_on_rounding(self.model, inputs, stage)
+        return hangs_on_rounding(self.model, inputs, stage, noise)
 
     def reference(
         self,

@@ -15,22 +15,52 @@ from trimvlm_tools.parity.choices import choices
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Gates for a precision of the graph against the float32 reference; `kv` is a share, see `max_share`."""
+    """Gates for a precision of the graph against the float32 reference on the same (rounded) weights.
+
+    Attributes:
+        visual, logits: largest differences; of the largest value (`max_share`) where `relative`, for in half
+            precision a value is off by a share of itself.
+        kv: a share, always.
+        score_margin: choices whose scores are within it of another one are ties.
+        skip_margin: the same for skip mode, whose accumulators are sums.
+        tower_noise: patches that such a share of noise changes are ties (`hangs_on_rounding`).
+    """
 
     visual: float
     logits: float
     kv: float
     score_margin: float
+    skip_margin: float
+    tower_noise: float
+    relative: bool = True
+
+    def margin(self, choice: str) -> float:
+        """Of a choice, by its name (see `choices.py`)."""
+        return self.skip_margin if choice.startswith("skipped") else self.score_margin
 
 
-# float16: graph in half precision against the float32 reference on the same (rounded) weights.
+# Half precision: measured in docs/parity.md; bfloat16 has three bits less, so eight times float16's.
 LIMITS = {
-    "float32": Limits(visual=1e-4, logits=1e-4, kv=1e-4, score_margin=1e-6),
-    "float16": Limits(visual=5e-2, logits=2e-1, kv=1e-1, score_margin=1e-3),
+    "float32": Limits(
+        visual=1e-4,
+        logits=1e-4,
+        kv=1e-4,
+        score_margin=1e-6,
+        skip_margin=1e-6,
+        tower_noise=1e-5,
+        relative=False,
+    ),
+    "float16": Limits(
+        visual=6e-3, logits=1e-2, kv=2e-2, score_margin=1e-3, skip_margin=3e-2, tower_noise=2**-11
+    ),
+    "bfloat16": Limits(
+        visual=5e-2, logits=8e-2, kv=1.6e-1, score_margin=8e-3, skip_margin=2.4e-1, tower_noise=2**-8
+    ),
 }
 
-
-KV = "KV max abs, of the largest"
+OF_LARGEST = ", of the largest"
+VISUAL, LOGITS, KV = "vision features max abs", "logits max abs", f"KV max abs{OF_LARGEST}"
+UNGATED = (VISUAL, LOGITS, "logits KL (nats)", "scores max abs", "smallest score gap at a cut")
 
 # Choices that are compared, by the first part of their names.
 CHOICES = {
@@ -62,9 +92,9 @@ class Worst:
         values = dict(self._choices(ours, theirs))
         others = sum(values.get(name, 0.0) for name in CHOICES.values())
         if ours.visual is not theirs.visual:  # else they were given, not computed
-            values["vision features max abs"] = max_abs(ours.visual, theirs.visual)
+            values |= self._differences(VISUAL, ours.visual, theirs.visual)
         steps = min(len(ours.logits), len(theirs.logits))
-        values["logits max abs"] = max_abs(ours.logits[:steps], theirs.logits[:steps])
+        values |= self._differences(LOGITS, ours.logits[:steps], theirs.logits[:steps])
         values["logits KL (nats)"] = kl(theirs.logits[:steps], ours.logits[:steps])
         for mine, reference in zip(ours.kv, theirs.kv, strict=True):
             worst = max(max_share(a, b) for a, b in zip(mine, reference, strict=True))
@@ -76,10 +106,11 @@ class Worst:
 
     def metrics(self, prefix: str = "") -> tuple[Metric, ...]:
         """All metrics, with their gates."""
+        kind = OF_LARGEST if self.limits.relative else ""
         limits = {
-            "vision features max abs": self.limits.visual,
+            VISUAL + kind: self.limits.visual,
             **dict.fromkeys(CHOICES.values(), 0.0),
-            "logits max abs": self.limits.logits,
+            LOGITS + kind: self.limits.logits,
             KV: self.limits.kv,
             "answers with other tokens": 0.0,
         }
@@ -91,13 +122,17 @@ class Worst:
                 value=self.values.get(name),
                 limit=limits.get(name),
                 ambiguous=tie
-                and (name != "vision features max abs" or self.values.get(CHOICES["patches"], 0.0) > 0)
+                and (not name.startswith(VISUAL) or self.values.get(CHOICES["patches"], 0.0) > 0)
                 and self.same.get(name, 0.0) <= limits.get(name, np.inf),
                 note="differs only where scores tie" if tie and name in CHOICES.values() else "",
             )
-            for name in [*limits, "logits KL (nats)", "scores max abs", "smallest score gap at a cut"]
+            for name in dict.fromkeys([*limits, *UNGATED])
             if name in self.values
         )
+
+    def _differences(self, name: str, ours: NDArray, theirs: NDArray) -> dict[str, float]:
+        share = {name + OF_LARGEST: max_share(ours, theirs)} if self.limits.relative else {}
+        return {name: max_abs(ours, theirs), **share}
 
     def _choices(self, ours: Answer, theirs: Answer) -> Iterator[tuple[str, float]]:
         """Metrics of the choices; only the first other one of an answer counts as tied or not."""
@@ -107,7 +142,7 @@ class Worst:
         }
         first = next((name for name, other in differ.items() if other), None)
         if first is not None:
-            self.unexplained += reference[first].gap > self.limits.score_margin
+            self.unexplained += reference[first].gap > self.limits.margin(first)
         if first is None:
             pairs = zip([*ours.scores, *ours.skip_scores], [*theirs.scores, *theirs.skip_scores], strict=True)
             yield "scores max abs", max((max_abs(a, b) for a, b in pairs), default=0.0)

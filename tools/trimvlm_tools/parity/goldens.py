@@ -23,7 +23,7 @@ from trimvlm.value import Value
 from trimvlm_calib.samples import Sample
 from trimvlm_tools.parity.answer import Answer
 from trimvlm_tools.parity.choices import choices, thresholds_of
-from trimvlm_tools.parity.compare import LIMITS
+from trimvlm_tools.parity.compare import LIMITS, OF_LARGEST, max_abs, max_share
 
 TOP = 8  # logits kept per step
 
@@ -134,6 +134,7 @@ def check_goldens(bundle: Bundle, profile: str | None, target: str = ORT_CPU) ->
     if goldens.profile_digest != bundle.profile(name).digest:
         raise UserError(f"{entry.goldens}: made for another version of profile {name}; write them again")
     limits = LIMITS[bundle.manifest.dtype]
+    differ, kind = (max_share, OF_LARGEST) if limits.relative else (max_abs, "")
     worst, other_tokens, other_rows, unexplained = 0.0, 0, 0, 0
     with Session.open(bundle, name, target) as session:
         for case in goldens.cases:
@@ -141,23 +142,23 @@ def check_goldens(bundle: Bundle, profile: str | None, target: str = ORT_CPU) ->
             visual = session.visual([bundle.path(case.image)])
             outputs = session.prefill(rows, visual.rows, patches=visual.chosen)
             other = [
-                made
-                for name, made in case.choices.items()
-                if made.rows != _rows(name, outputs, visual.chosen)
+                (float.fromhex(made.gap), choice)
+                for choice, made in case.choices.items()
+                if made.rows != _rows(choice, outputs, visual.chosen)
             ]
             other_rows += len(other)
-            unexplained += bool(other) and float.fromhex(other[0].gap) > limits.score_margin
+            unexplained += bool(other) and other[0][0] > limits.margin(other[0][1])
             for step, (token, wanted) in enumerate(zip(case.tokens, case.logits, strict=True)):
                 logits = outputs["logits"][0]
-                gaps = [abs(float(logits[int(key)]) - float.fromhex(value)) for key, value in wanted.items()]
-                worst = max(worst, *gaps)
+                theirs = np.array([float.fromhex(value) for value in wanted.values()])
+                worst = max(worst, differ(logits[[int(key) for key in wanted]], theirs))
                 other_tokens += int(logits.argmax()) != token
                 if step + 1 < len(case.tokens):
                     outputs = session.step(token, outputs)
     tie = other_rows > 0 and unexplained == 0
     metrics = (
         Metric(name="choices that differ", value=float(other_rows), limit=0.0, ambiguous=tie),
-        Metric(name=f"top {TOP} logits max abs", value=worst, limit=limits.logits, ambiguous=tie),
+        Metric(name=f"top {TOP} logits max abs{kind}", value=worst, limit=limits.logits, ambiguous=tie),
         Metric(name="greedy tokens that differ", value=float(other_tokens), limit=0.0, ambiguous=tie),
     )
     return ParityReport(
