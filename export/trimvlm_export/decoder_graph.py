@@ -14,11 +14,10 @@ from trimvlm.bundle import Lowering
 from trimvlm.errors import UserError
 from trimvlm.schedule import Schedule
 from trimvlm_export.decoder import Decoder
-from trimvlm_export.graph_io import decoder_example, decoder_inputs, decoder_outputs, is_dynamic
-from trimvlm_export.operators import OPSET
 from trimvlm_export.passes.primitive import to_primitive
+from trimvlm_export.repeated_layers import trace_decoder
 from trimvlm_export.source import Source
-from trimvlm_export.trace import attach_weights, save, trace
+from trimvlm_export.trace import attach_weights, save
 
 # Kinds of text model that compute what a Llama does: RMS norms, gated SiLU, rotary attention, biases or not.
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
@@ -36,14 +35,7 @@ def export_decoder(source: Source, name: str, schedule: Schedule) -> dict[Loweri
     """
     module = make_decoder(source.config, schedule)
     weights = source.load(module, decoder_names(source.family, source.config, module))
-    model = trace(
-        module,
-        decoder_example(schedule, dtype=getattr(torch, source.dtype)),
-        is_dynamic,
-        inputs=decoder_inputs(schedule),
-        outputs=decoder_outputs(schedule),
-        opset=OPSET,
-    )
+    model = trace_decoder(module, dtype=getattr(torch, source.dtype))
     attach_weights(model, weights, source.out)
     files: dict[Lowering, str] = {
         "fused": f"{name}.decoder.fused.onnx",

@@ -1,0 +1,93 @@
+"""A deep decoder's graph made from few traced layers is the graph of all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_llava
+
+from trimvlm.profile import Decisions, LayerRule, Select
+from trimvlm.rules import LastRowAttention
+from trimvlm.schedule import Schedule, resolve
+from trimvlm_export import repeated_layers
+from trimvlm_export.checkpoint import model_spec
+from trimvlm_export.decoder_graph import decoder_names, make_decoder
+from trimvlm_export.source import Source
+from trimvlm_export.trace import attach_weights, save
+from trimvlm_tools.bench.feeds import prefill_feeds
+
+LAYERS = 9
+BY_ATTENTION = LastRowAttention(attention="previous")
+DECISIONS = {
+    "runs": Decisions(
+        inject=1,
+        exit=8,
+        select=(Select(layer=4, keep=5, by=BY_ATTENTION),),
+        layers=(LayerRule(layers=(5, 6, 7), query="none"),),
+    ),
+    "holes": Decisions(
+        layers=(LayerRule(layers=(3,), execute="none"), LayerRule(layers=(7,), sublayers="ffn"))
+    ),
+}
+
+
+def traced(checkpoint: Path, decisions: Decisions, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], bool]:
+    """How many layers each trace had, and whether the last graph computes what the whole decoder's does."""
+    source = Source.place(checkpoint, checkpoint.parent / "bundle", "float32")
+    schedule = resolve(decisions, model_spec(checkpoint))
+    module = make_decoder(source.config, schedule)
+    weights = source.load(module, decoder_names(source.family, source.config, module))
+    layers: list[int] = []
+    trace = repeated_layers.trace
+
+    def counting(module: Any, *args: Any, **options: Any) -> ir.Model:
+        layers.append(len(module.schedule.rows))
+        return trace(module, *args, **options)
+
+    monkeypatch.setattr(repeated_layers, "trace", counting)
+    ours = repeated_layers.trace_decoder(module, dtype=torch.float32)
+    monkeypatch.setattr(repeated_layers, "shortened", lambda schedule: ([], []))
+    theirs = repeated_layers.trace_decoder(module, dtype=torch.float32)
+    assert layers.pop() == LAYERS
+    assert len(list(ours.graph)) == len(list(theirs.graph))
+    found = []
+    for model in (ours, theirs):
+        attach_weights(model, weights, source.out)
+        save(model, source.out / "decoder.onnx")
+        found.append(run(source.out / "decoder.onnx", schedule))
+    assert list(found[0]) == list(found[1])
+    return layers, all(np.array_equal(found[0][name], value) for name, value in found[1].items())
+
+
+def run(graph: Path, schedule: Schedule) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    feeds = prefill_feeds(schedule, text=6, before_image=2)
+    names = [output.name for output in session.get_outputs()]
+    found = session.run(names, {each.name: feeds[each.name] for each in session.get_inputs()})
+    return {name: np.asarray(value) for name, value in zip(names, found, strict=True)}
+
+
+@pytest.mark.parametrize(("name", "layers"), [("runs", 7), ("holes", 7)])
+def test_the_graph_is_that_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, layers: int
+) -> None:
+    checkpoint = tiny_llava(tmp_path / "model", layers=LAYERS, kv_heads=2)
+    assert traced(checkpoint, DECISIONS[name], monkeypatch) == ([layers], True)
+
+
+def test_equal_weights_of_two_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter keeps one of them, so copies could not tell whose they are."""
+    checkpoint = tiny_llava(tmp_path / "model", layers=LAYERS, attention_bias=True)
+    (file,) = checkpoint.glob("*.safetensors")
+    tensors = load_file(file)
+    biases = sorted(name for name in tensors if "language_model" in name and "q_proj.bias" in name)
+    tensors |= {biases[0]: tensors[biases[-1]].clone()}
+    save_file(tensors, file, {"format": "pt"})
+    assert traced(checkpoint, Decisions(), monkeypatch) == ([2, LAYERS], True)
