@@ -61,7 +61,7 @@ def export(
             one, the checkpoint is incomplete or of an unknown kind, or `out` holds something else.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    existing = _existing(out)
+    existing = existing_bundle(out)
     spec = model_spec(checkpoint, profile.model.grid)
     schedule, stage = Schedule.resolve(profile, spec), profile.decisions.encoder
     geometry = tower(checkpoint, profile.model.grid)
@@ -120,12 +120,16 @@ def _destination(out: Path, *, new: bool) -> Iterator[Path]:
         directory.mkdir()
         yield directory
         if out.exists():
-            out.rmdir()  # empty, as `_existing` saw
+            out.rmdir()  # empty, as `existing_bundle` saw
         directory.rename(out)
 
 
-def _existing(out: Path) -> Bundle | None:
-    """The bundle that a profile is added to, or None for a new one; what it knows of its weights is kept."""
+def existing_bundle(out: Path) -> Bundle | None:
+    """The bundle that a profile is added to, or None for a new one; what it knows of its weights is kept.
+
+    Raises:
+        UserError: there is something else.
+    """
     if not (out / MANIFEST).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out}: exists and is not a bundle; give a new directory")

@@ -30,14 +30,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exports one profile after the other; all of them are checked before the first is written."""
+    from trimvlm.bundle import Bundle
     from trimvlm.profile import Method, Profile
     from trimvlm.schedule import Schedule
     from trimvlm_calib import shipped
     from trimvlm_export.checkpoint import model_spec
+    from trimvlm_export.export import existing_bundle, export
     from trimvlm_export.hub import resolve_checkpoint
     from trimvlm_export.loading import grid_of
 
     model = resolve_checkpoint(args.model)
+    existing_bundle(args.out)  # before anything is hashed that it knows
     if args.profile:
         if args.image_size:
             raise UserError(
@@ -52,10 +55,6 @@ def run(args: argparse.Namespace) -> int:
         if profile.key in {other.key for other in profiles[:number]}:
             raise UserError(f"--profile: two profiles are named {profile.key}; rename one")
     beside = [Path(each).parent for each in args.profile] or [None]
-
-    from trimvlm.bundle import Bundle
-    from trimvlm_export.export import export
-
     with console.progress("export", len(profiles)) as step:
         for profile, directory in zip(profiles, beside, strict=True):
             export(model, profile, args.out, dtype=args.dtype, beside=directory)
