@@ -93,10 +93,11 @@ def check_text_model(text: Any) -> None:
             "use_sliding_window to false if the prompts are shorter than the window"
         )
     kind = text.rope_parameters.get("rope_type", "default")
-    if kind in {"dynamic", "longrope"}:
+    # `dynamic` changes nothing up to `max_position_embeddings`, and no prompt of a graph is longer.
+    if kind == "longrope":
         raise UserError(
             f"text_config.rope_parameters.rope_type: {kind!r} depends on the length of the prompt, which a "
-            "static graph cannot; only default, linear, yarn and llama3 are supported"
+            "static graph cannot; only default, linear, dynamic, yarn and llama3 are supported"
         )
 
 

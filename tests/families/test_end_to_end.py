@@ -20,6 +20,7 @@ from tiny_models import tiny_llava
 from tiny_qwen import tiny_qwen
 from tiny_tiled import tiny_internvl, tiny_next, tiny_onevision
 
+from trimvlm.accounting import kv_bytes_per_layer
 from trimvlm.encoder_rules import EncoderStage, HiPrune
 from trimvlm.profile import Decisions, Grid, LayerRule, Method, Profile, Select
 from trimvlm.rules import LastRowAttention
@@ -162,6 +163,19 @@ def test_two_images_and_two_turns(
             wanted = reference.generate(inputs, TOKENS)
         with Session.open(bundle, name) as session:
             assert generated(session, photographs, history) == wanted, name
+
+
+def test_kv_bytes_are_what_the_schedule_says(bundle: Path, photographs: list[Path], family: str) -> None:
+    for name, made in decisions(CASES[family].keep).items():
+        with Session.open(bundle, name) as session:
+            prompt, seen = session.prompt("how many w7 ?", 1), session.visual(photographs[:1])
+            outputs = session.prefill(prompt, seen.rows, patches=seen.chosen)
+            found = [
+                sum(outputs[f"present_{kind}.{layer}"].nbytes for kind in ("key", "value"))
+                for layer in range(session.model.layers)
+            ]
+            schedule, text = resolve(made, session.model), len(prompt.input_ids)
+        assert found == list(kv_bytes_per_layer(schedule, text, 4)), name
 
 
 def prepared(
