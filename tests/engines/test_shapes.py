@@ -84,7 +84,9 @@ def test_more_rows_than_topk_takes_in_or_out_of_skip_mode() -> None:
 
 
 def test_images() -> None:
-    assert images_range((1, 3, 32, 48), LIMITS, one=False).plain() == [[1, 3, 32, 48], [1, 3, 32, 48], [2, 3, 32, 48]]
+    shape = (1, 3, 32, 48)
+    assert images_range(shape, LIMITS, one=False).plain() == [[*shape], [*shape], [2, 3, 32, 48]]
+    assert images_range(shape, LIMITS, one=True).plain() == [[*shape]] * 3
 
 
 def test_ranges_that_are_none() -> None:
