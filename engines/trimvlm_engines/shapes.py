@@ -12,7 +12,6 @@ from trimvlm.errors import UserError
 from trimvlm.profile import ModelSpec
 from trimvlm.rules import RouterScores
 from trimvlm.schedule import Schedule
-from trimvlm.schedule_checks import TENSORRT_TOPK_LIMIT
 from trimvlm.target import Limits
 from trimvlm.value import Value
 
@@ -60,21 +59,21 @@ def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
     for stage, row in enumerate(schedule.stages):
         assert row.select
         keep = images * row.select.keep
-        if keep > TENSORRT_TOPK_LIMIT:
+        if keep > limits.topk:
             raise UserError(
                 f"layer {row.layer}: select.keep: {images} images keep {keep} tokens, but TensorRT's TopK "
-                f"takes at most {TENSORRT_TOPK_LIMIT}; lower limits.images of the target"
+                f"takes at most {limits.topk}; lower limits.images of the target"
             )
         ranges[f"forced.{stage}"] = _rows((0,), (0,), (keep,))
         if isinstance(row.select.by, RouterScores):
             ranges["router_scores"] = visual
     for stage, row in enumerate(schedule.skip_stages):
         # The graph finds the rows in skip mode by a TopK, and those that are not by another.
-        if images * max(row.skipped, row.live - row.skipped) > TENSORRT_TOPK_LIMIT:
+        if images * max(row.skipped, row.live - row.skipped) > limits.topk:
             raise UserError(
                 f"layer {row.layer}: skip.stages: of {images} images {images * row.skipped} tokens skip and "
                 f"{images * (row.live - row.skipped)} do not, but TensorRT's TopK takes at most "
-                f"{TENSORRT_TOPK_LIMIT}; lower limits.images of the target"
+                f"{limits.topk}; lower limits.images of the target"
             )
         ranges[f"forced_skip.{stage}"] = _rows((0,), (0,), (images * row.skipped,))
     for row in schedule.rows:

@@ -4,11 +4,15 @@ a manifest and a device need it."""
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 from trimvlm.bundle import Dtype, Lowering
 from trimvlm.errors import UserError
+from trimvlm.schedule_checks import TENSORRT_TOPK_LIMIT
 from trimvlm.value import Value
+
+# ONNX Runtime's own names.
+Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "NvTensorRTRTXExecutionProvider"]
 
 # What NVIDIA's support matrix lists for TensorRT-RTX 1.7: neither Jetson (8.7, 11.0) nor Hopper (9.0).
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -19,22 +23,57 @@ _CLAUSE = re.compile(r"(>=|<)(\d+(?:\.\d+)*)")
 
 
 class Limits(Value, frozen=True, kw_only=True):
-    """The largest request that a plan is built for; more room costs activation memory on the device.
+    """The largest request that a plan is built for, and what the library and the board bear.
+
+    More room for requests costs activation memory on the device.
 
     Attributes:
         images: images in the context.
         text: text rows of one prefill.
         new_tokens: tokens generated after it.
+        topk: largest k of the library's TopK.
+        lm_head_columns: vocabulary entries of one MatMul of the language model head; None: all in one.
+        allocation_mb: largest contiguous piece of memory in MiB that the board is known to give; None: any.
     """
 
     images: int = 2
     text: int = 512
     new_tokens: int = 512
+    topk: int = TENSORRT_TOPK_LIMIT
+    lm_head_columns: int | None = None
+    allocation_mb: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("images", "text", "new_tokens"):
-            if getattr(self, field) < 1:
-                raise UserError(f"limits.{field}: {getattr(self, field)} is not a positive count")
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise UserError(f"limits.{field}: {value} is not a positive count")
+        if self.topk > TENSORRT_TOPK_LIMIT:
+            raise UserError(
+                f"limits.topk: TensorRT's TopK takes at most {TENSORRT_TOPK_LIMIT}, not {self.topk}"
+            )
+
+
+class Tested(Value, frozen=True, kw_only=True):
+    """What was done for a Target and with what; None: never done.
+
+    Attributes:
+        built: plans were built.
+        run: a plan or graph was executed.
+        measured: time or memory was measured while it ran.
+    """
+
+    built: str | None = None
+    run: str | None = None
+    measured: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            if value is not None and not value.strip():
+                raise UserError(f"tested.{field}: say what it was done with, or leave it out")
+        if self.measured and not self.run:
+            raise UserError("tested.measured: what never ran cannot have been measured; fill in tested.run")
 
 
 class Target(Value, frozen=True, kw_only=True):
@@ -42,73 +81,121 @@ class Target(Value, frozen=True, kw_only=True):
 
     Attributes:
         name: e.g. `jetson-orin-nano-8gb`.
-        device: for people.
+        device: the module or card, for people.
+        system: JetPack or operating system, for people.
+        l4t: releases of Jetson Linux that are allowed, `>=36.4.3,<37` style; None where it is no Jetson.
         backend: `onnxruntime` (the graph itself runs), `tensorrt` or `tensorrt_rtx` (a plan is built).
+        provider: of ONNX Runtime, what executes the graph; None for the others.
         versions: versions of the backend's library that are allowed, `>=10.3,<10.4` style.
         lowering: which decoder graph it takes.
         dtypes: precisions it runs, best first.
-        compute_capability: SM of the GPU, e.g. `8.9`; None for a CPU.
+        compute_capability: SM of the GPU, e.g. `8.9`; None where nothing is built for one.
         build_on_device: the plan must be built on this very device (classic TensorRT).
-        memory_gb, bandwidth_gb_s: usable memory and its bandwidth, from the datasheet.
-        limits: the largest request that a plan is built for; ONNX Runtime has no use for them.
-        tested: what has been run: `run` (built and executed), `built`, `not yet run`.
+        ranges: `joint`: one range of shapes for prefill and decode; `split`: one each.
+        memory_gb: usable memory in GiB; on a Jetson what Linux shows, which the system needs a part of.
+        bandwidth_gb_s: of that memory, from the datasheet.
+        tflops: dense float16 peak of the tensor cores, sums in float32 where the datasheet tells them apart.
+        limits: the largest request that a plan is built for, and what library and board bear.
+        tested: what has been done on it.
         source: where the figures come from.
     """
 
     name: str
     device: str
+    system: str
+    l4t: str | None = None
     backend: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+    provider: Provider | None = None
     versions: str
     lowering: Lowering
     dtypes: tuple[Dtype, ...]
     compute_capability: str | None = None
     build_on_device: bool = False
+    ranges: Literal["joint", "split"] = "joint"
     memory_gb: float | None = None
     bandwidth_gb_s: float | None = None
+    tflops: float | None = None
     limits: Limits = Limits()
-    tested: Literal["run", "built", "not yet run"]
+    tested: Tested = Tested()
     source: str
 
     def __post_init__(self) -> None:
         where = f"target {self.name}"
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
             raise UserError(f"name: {self.name!r} cannot name files; use lower-case letters, digits and '-'")
-        if not all(_CLAUSE.fullmatch(clause) for clause in self.versions.split(",")):
-            raise UserError(f"{where}: versions: {self.versions!r} is not of the form >=10.3,<10.4")
+        for field in ("versions", "l4t"):
+            text = getattr(self, field)
+            if text is not None and not all(_CLAUSE.fullmatch(clause) for clause in text.split(",")):
+                raise UserError(f"{where}: {field}: {text!r} is not of the form >=10.3,<10.4")
         if not self.dtypes:
             raise UserError(f"{where}: dtypes: name at least one of float16, bfloat16, float32")
-        if not self.source.strip():
-            raise UserError(f"{where}: source: say where the figures come from")
-        if (self.compute_capability is None) != (self.backend == "onnxruntime"):
-            said = "needs one" if self.compute_capability is None else "has no use for one"
-            raise UserError(f"{where}: compute_capability: a {self.backend} target {said}")
-        if self.build_on_device != (self.backend == "tensorrt"):
-            said = (
-                "must be built on the device" if self.backend == "tensorrt" else "is not built on the device"
+        for field, wanted in (
+            ("system", "what it runs, e.g. JetPack 6.2"),
+            ("source", "where the figures come from"),
+        ):
+            if not getattr(self, field).strip():
+                raise UserError(f"{where}: {field}: say {wanted}")
+        for field in ("memory_gb", "bandwidth_gb_s", "tflops"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise UserError(f"{where}: {field}: {value:g} is not positive; leave it out if it is unknown")
+        for field, said in self._misplaced().items():
+            raise UserError(f"{where}: {field}: {said}")
+
+    def _misplaced(self) -> dict[str, str]:
+        """Fields that do not go with the backend, and why."""
+        onnx, classic, rtx = (self.backend == name for name in ("onnxruntime", "tensorrt", "tensorrt_rtx"))
+        capability, found = self.compute_capability, {}
+        if (capability is None) != onnx:
+            found["compute_capability"] = (
+                f"a {self.backend} target {'needs one' if capability is None else 'has no use for one'}"
             )
-            raise UserError(f"{where}: build_on_device: a {self.backend} target {said}")
-        if self.backend == "tensorrt_rtx" and self.compute_capability not in RTX_CAPABILITIES:
-            raise UserError(
-                f"{where}: compute_capability: TensorRT-RTX runs on {', '.join(RTX_CAPABILITIES)}, not on "
-                f"{self.compute_capability}; use backend tensorrt"
+        elif rtx and capability not in RTX_CAPABILITIES:
+            found["compute_capability"] = (
+                f"TensorRT-RTX runs on {', '.join(RTX_CAPABILITIES)}, not on {capability}; "
+                "use backend tensorrt"
             )
-        if self.backend == "tensorrt" and self.lowering == "fused" and not self._always_fused():
-            raise UserError(
-                f"{where}: lowering: fused needs TensorRT 10.15 or newer, but versions {self.versions} "
-                "allows older ones; use primitive"
+        if (self.provider is None) == onnx:
+            found["provider"] = (
+                f"an onnxruntime target names one of {', '.join(get_args(Provider))}"
+                if onnx
+                else f"a {self.backend} target has no use for one"
             )
+        if self.build_on_device != classic:
+            found["build_on_device"] = f"a {self.backend} target " + (
+                "must be built on the device" if classic else "is not built on the device"
+            )
+        if self.l4t and not classic:
+            found["l4t"] = f"only classic TensorRT is built for Jetson, not {self.backend}"
+        if onnx and self.ranges == "split":
+            found["ranges"] = "ONNX Runtime takes any shape; leave it out"
+        if classic and self.lowering == "fused" and not self._always_fused():
+            found["lowering"] = (
+                f"fused needs TensorRT 10.15 or newer, but versions {self.versions} allows older ones; "
+                "use primitive"
+            )
+        return found
 
     def allows(self, version: str) -> bool:
         """Whether `version` of the backend's library (e.g. `10.3.0.30`) is within `versions`."""
-        found = _numbers(version)
-        return all(
-            found >= _numbers(limit) if sign == ">=" else found < _numbers(limit)
-            for sign, limit in _CLAUSE.findall(self.versions)
-        )
+        return within(version, self.versions)
+
+    def runs_on(self, l4t: str | None) -> bool:
+        """Whether a machine with this release of Jetson Linux (None: no Jetson) is one the Target allows."""
+        return (l4t is None) == (self.l4t is None) and (not l4t or within(l4t, self.l4t or ""))
 
     def _always_fused(self) -> bool:
         lowest = [_numbers(limit) for sign, limit in _CLAUSE.findall(self.versions) if sign == ">="]
         return bool(lowest) and max(lowest) >= FUSED_SINCE
+
+
+def within(version: str, clauses: str) -> bool:
+    """Whether a version satisfies clauses of the form `>=10.3,<10.4`."""
+    found = _numbers(version)
+    return all(
+        found >= _numbers(limit) if sign == ">=" else found < _numbers(limit)
+        for sign, limit in _CLAUSE.findall(clauses)
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -17,12 +17,33 @@ def test_targets_as_json_are_the_targets(capsys: pytest.CaptureFixture[str]) -> 
     assert [target["name"] for target in found] == [target.name for target in targets.shipped()]
 
 
-def test_targets_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["targets", "rtx-4090", "ort-cpu"]) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split()[0] == "target"
-    assert [row.split()[0] for row in rows] == ["rtx-4090", "ort-cpu"]
-    assert rows[0].endswith("built")
+def test_targets_as_a_list_say_what_was_never_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["targets"]) == 0
+    header, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert header.split()[-3:] == ["built", "run", "measured"]
+    assert sum("JetPack 6.2" in row for row in rows) == 6 and sum("JetPack 7.2" in row for row in rows) == 8
+    done = {row.split()[0]: row.split()[-3:] for row in rows}
+    assert done["rtx-4090"] == ["yes", "never", "never"]
+    assert done["ort-cpu"] == ["-", "yes", "yes"]
+    jetsons = [name for name in done if name.startswith("jetson-")]
+    assert len(jetsons) == 14
+    assert all(done[name] == ["never"] * 3 for name in jetsons)
+
+
+def test_own_target_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = (targets.SHIPPED / "jetson-orin-nano-8gb.yaml").read_text()
+    (tmp_path / "my-board.yaml").write_text(
+        shipped.replace("jetson-orin-nano-8gb", "my-board").replace("tested: {}", "tested: {run: on my desk}")
+    )
+    assert main(["targets", str(tmp_path / "my-board.yaml"), "ort-cpu"]) == 0
+    own, cpu = capsys.readouterr().out.split("\n\n")
+    lines = dict(line.split(None, 1) for line in own.splitlines())
+    assert lines.keys() > {"l4t", "ranges", "tflops", "dtypes", "limits.topk", "source"}
+    assert lines["name"] == "my-board"
+    assert lines["limits.lm_head_columns"] == "16384"
+    assert lines["limits.allocation_mb"] == "256"
+    assert (lines["tested.run"], lines["tested.measured"]) == ("on my desk", "never")
+    assert dict(line.split(None, 1) for line in cpu.splitlines())["provider"] == "CPUExecutionProvider"
 
 
 def test_unknown_target_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
