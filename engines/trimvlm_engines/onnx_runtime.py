@@ -15,6 +15,7 @@ from trimvlm_engines.library import check_version
 from trimvlm_engines.plan import Sink
 from trimvlm_engines.shapes import ShapeRange
 
+CPU = "CPUExecutionProvider"
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
@@ -25,6 +26,11 @@ class OnnxRuntime:
     options: Mapping[str, Any] = {}
 
     def __init__(self, target: Target) -> None:
+        if target.provider != CPU:  # run_onnxruntime would use the CPU without a word
+            raise UserError(
+                f"target {target.name}: this version of trimvlm runs ONNX Runtime on the CPU only, not "
+                f"through {target.provider}; use ort-cpu"
+            )
         try:
             import onnxruntime
         except ModuleNotFoundError:
@@ -41,7 +47,7 @@ class OnnxRuntime:
         """Loads the graph and runs it on zeros of the smallest shapes (for a decoder: one decode step)."""
         assert sink is None
         try:
-            session = self._ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+            session = self._ort.InferenceSession(str(graph), providers=[CPU])
             feeds = {
                 node.name: np.zeros(ranges[node.name].min, NUMPY[node.type]) for node in session.get_inputs()
             }
@@ -50,4 +56,4 @@ class OnnxRuntime:
             if type(error).__module__.startswith("onnxruntime"):
                 raise UserError(f"{graph}: onnxruntime {self.version} cannot run it: {error}") from None
             raise
-        return {"provider": "CPUExecutionProvider"}
+        return {"provider": CPU}

@@ -235,6 +235,16 @@ def test_claims_without_ground_are_refused(fields: dict[str, str], message: str)
         Tested(**fields)
 
 
+@pytest.mark.parametrize("name", ["ort-cuda", "ort-trt-rtx"])
+def test_provider_that_would_silently_be_the_cpu_is_refused(name: str) -> None:
+    from trimvlm_engines.library import open_library
+
+    with pytest.raises(
+        UserError, match=f"target {name}: .* runs ONNX Runtime on the CPU only, .*; use ort-cpu"
+    ):
+        open_library(targets.load(name))
+
+
 def test_targets_take_the_versions_that_ci_runs() -> None:
     pins = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
     found = [line.partition(";")[0].strip().split("==") for line in pins if "==" in line]
