@@ -216,7 +216,9 @@ def test_geometry(case: Case) -> None:
     spec = model_spec(checkpoint, (3, 5))
     assert (spec.family, spec.visual_tokens, spec.grid) == (case.family, 15, (3, 5))
     assert (spec.layers, spec.heads, spec.kv_heads, spec.head_dim, spec.mrope) == (2, 4, 2, 16, True)
-    assert tower(checkpoint, (3, 5)) == Tower(layers=2, patches=15, cls=False, features=(2,), width=128)
+    assert tower(checkpoint, (3, 5)) == Tower(
+        layers=2, patches=15, cls=False, features=(2,), width=128, columns=5
+    )
 
 
 @pytest.mark.parametrize(
