@@ -34,6 +34,7 @@ VERBS = {
     "methods": "list the calibration methods and their parameters",
     "import": "another tool's configuration as a profile; list the profiles that come with trimvlm",
     "targets": "list the devices that can be built for",
+    "doctor": "look at this machine: what is missing for a target, and what to do",
     "synthesize": "write a checkpoint with random weights at a published model's size",
 }
 
