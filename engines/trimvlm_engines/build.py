@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from trimvlm import machine
 from trimvlm.bundle import Bundle, Engine, Entry, Manifest
 from trimvlm.errors import UserError
 from trimvlm.images import pixel_shape
@@ -77,8 +78,8 @@ def build(
         tell: called as the work goes on, with the part and its state.
 
     Raises:
-        UserError: no such bundle, profile or target; a precision, size or device that does not fit; the
-            library is missing or refuses the graph.
+        UserError: no such bundle, profile or target; a damaged file; a precision, size or device that does
+            not fit; the library is missing or refuses the graph.
     """
     directory, tell = Path(directory), tell or _log
     target = target if isinstance(target, Target) else targets.load(target)
@@ -86,6 +87,7 @@ def build(
         bundle = record.open_bundle(directory)
         name, entry = bundle.entry(profile)
         check(bundle, target)
+        bundle.check(file for file in bundle.manifest.files if file.endswith(".safetensors"))
         library = open_library(target)
         made: dict[Role, Made] = {}
         for role, part in parts(bundle, name, entry, target).items():
@@ -100,6 +102,8 @@ def build(
             target=target.name,
             backend=target.backend,
             version=library.version,
+            compute_capability=library.options.get("compute_capability"),
+            system=machine.system() if library.writes_plans else None,
             graphs={role: part.graph for role, part in made.items()},
             profile_digest=bundle.profile(name).digest,
             options={role: part.options for role, part in made.items()},
@@ -195,6 +199,8 @@ def find(manifest: Manifest, target: Target, library: Library, role: Role, part:
     for entry in manifest.profiles.values():
         engine = entry.engines.get(target.name)
         if engine is None or (engine.backend, engine.version) != (target.backend, library.version):
+            continue
+        if library.writes_plans and engine.system != machine.system():
             continue
         options = engine.options.get(role, {})
         if "plan" in options and options["plan"] != manifest.files[engine.graphs[role]].sha256:

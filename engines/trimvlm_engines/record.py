@@ -2,7 +2,7 @@
 
 Two locks, both released by the operating system when a process is killed: a target's lock is held while its
 plans are built (they share the vision plan, and on a device the GPU that is being timed), the manifest's lock
-only while it is read, changed and written back.
+(`trimvlm.publishing`) only while plans get their names and the manifest is written.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +18,17 @@ from types import TracebackType
 
 import msgspec
 
-from trimvlm.bundle import MANIFEST, Bundle, Engine, Entry, File, Manifest, write_manifest
+from trimvlm.bundle import ENGINE, Bundle, Engine, Entry, File, Manifest
 from trimvlm.errors import UserError
+from trimvlm.files import is_whole
+from trimvlm.manifest import read_manifest
+from trimvlm.publishing import changing, publish
 
 log = logging.getLogger(__name__)
 
-MANIFEST_LOCK = ".manifest.lock"
-
 
 class PlanFile:
-    """A plan being written: hashed on the way, under a temporary name until `publish`.
+    """A plan being written: hashed on the way, under a temporary name until `move`.
 
     A build that fails removes it; what a killed build leaves is never read, and removed by the next build
     for the target (`building` admits one at a time).
@@ -58,9 +60,9 @@ class PlanFile:
         if kind is not None:
             self._part.unlink(missing_ok=True)
 
-    def publish(self) -> File:
-        """Gives the plan its name; the caller records it in the manifest in the same breath."""
-        self._part.replace(self.path)
+    def move(self, folder: Path) -> File:
+        """Gives the plan its name in a folder that will be published."""
+        self._part.replace(folder / self.path.name)
         return self.file
 
     @property
@@ -78,7 +80,7 @@ def building(directory: Path, target: str) -> Iterator[None]:
     """Admits one build per target and bundle; a second one waits, then finds the plans up to date."""
     from filelock import FileLock, Timeout
 
-    _read(directory)  # no lock file is left in a directory that is no bundle
+    read_manifest(directory)  # no lock file is left in a directory that is no bundle
     lock = FileLock(directory / f".{target}.lock")
     try:
         lock.acquire(timeout=0)
@@ -93,15 +95,22 @@ def building(directory: Path, target: str) -> Iterator[None]:
         lock.release()
 
 
-def change_manifest(directory: Path, change: Callable[[Manifest], Manifest]) -> None:
-    """Reads the manifest, changes it and writes it back, under its lock."""
-    from filelock import FileLock
-
-    with FileLock(directory / MANIFEST_LOCK):
-        before = _read(directory)
+def change_manifest(
+    directory: Path, change: Callable[[Manifest], Manifest], plans: Sequence[PlanFile] = ()
+) -> None:
+    """Publishes plans, and the manifest that names them: `change` of what it is by then."""
+    with changing(directory):
+        before = read_manifest(directory)
         after = change(before)
-        if after != before:
-            write_manifest(directory, after)
+        if after == before:
+            return
+        with tempfile.TemporaryDirectory(
+            dir=directory, prefix=".staged.", ignore_cleanup_errors=True
+        ) as folder:
+            staged = Path(folder)
+            for plan in plans:
+                plan.move(staged)
+            publish(directory, staged, after)
 
 
 def add_engine(directory: Path, profile: str, engine: Engine, plans: Sequence[PlanFile]) -> None:
@@ -111,23 +120,22 @@ def add_engine(directory: Path, profile: str, engine: Engine, plans: Sequence[Pl
         entry = manifest.profiles.get(profile)
         if entry is None:
             raise UserError(f"{directory}: profile {profile} was removed during the build; export it again")
-        files = {plan.path.name: plan.publish() for plan in plans}
         entry = msgspec.structs.replace(entry, engines={**entry.engines, engine.target: engine})
         return msgspec.structs.replace(
             manifest,
             profiles={**manifest.profiles, profile: entry},
-            files={**manifest.files, **files},
+            files={**manifest.files, **{plan.path.name: plan.file for plan in plans}},
         )
 
-    change_manifest(directory, change)
+    change_manifest(directory, change, plans)
 
 
 def open_bundle(directory: Path) -> Bundle:
-    """Opens a bundle to build in it: an engine whose plan is gone or has another size is forgotten.
+    """Opens a bundle to build in it: an engine whose plan is gone or damaged is forgotten.
 
     Everything else that is missing stays an error of `Bundle`: only plans can be made here.
     """
-    _read(directory)
+    read_manifest(directory)  # no lock file is left in a directory that is no bundle
 
     def change(manifest: Manifest) -> Manifest:
         plans = {
@@ -135,12 +143,14 @@ def open_bundle(directory: Path) -> Bundle:
             for entry in manifest.profiles.values()
             for engine in entry.engines.values()
             for file in engine.graphs.values()
-            if file.endswith(".engine")
+            if file.endswith(ENGINE)
         }
-        lost = {name for name in plans if not _is_whole(directory / name, manifest.files.get(name))}
+        lost = {name for name in plans if not is_whole(directory / name, manifest.files[name])}
         if not lost:
             return manifest
         log.warning("%s: building again what is missing or damaged: %s", directory, ", ".join(sorted(lost)))
+        for name in lost:
+            (directory / name).unlink(missing_ok=True)
         return msgspec.structs.replace(
             manifest,
             profiles={name: _without(entry, lost) for name, entry in manifest.profiles.items()},
@@ -154,14 +164,3 @@ def open_bundle(directory: Path) -> Bundle:
 def _without(entry: Entry, lost: set[str]) -> Entry:
     kept = {t: engine for t, engine in entry.engines.items() if not lost & set(engine.graphs.values())}
     return msgspec.structs.replace(entry, engines=kept)
-
-
-def _is_whole(path: Path, file: File | None) -> bool:
-    return file is not None and path.is_file() and path.stat().st_size == file.bytes
-
-
-def _read(directory: Path) -> Manifest:
-    try:
-        return msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError, UserError):
-        return Bundle(directory).manifest  # raises the UserError that says why

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trimvlm import machine
 from trimvlm.bundle import Dtype, write_whole
 from trimvlm.errors import UserError
 from trimvlm.target import Target
-from trimvlm_engines import gpu
 from trimvlm_engines.library import check_version
 from trimvlm_engines.plan import Attention, NoFusedAttentionError, Sink, build_plan
 from trimvlm_engines.shapes import ShapeRange
@@ -37,7 +37,7 @@ class TensorRt:
                 f"device; {INSTALL}"
             ) from None
         check_version(target, tensorrt.__version__, INSTALL)
-        found = gpu.compute_capability()
+        found = machine.compute_capability()
         if found != target.compute_capability:
             said = "no GPU" if found is None else f"a GPU of SM {found}"
             raise UserError(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -29,6 +26,7 @@ from trimvlm.schedule import Schedule
 from trimvlm_export.checkpoint import model_spec, tower
 from trimvlm_export.decoder_graph import export_decoder
 from trimvlm_export.hashes import remember, weight_hash
+from trimvlm_export.placing import place, scratch
 from trimvlm_export.processing import image_processing, text_processing
 from trimvlm_export.router_graph import export_router, gather_choices
 from trimvlm_export.router_weights import find_weights
@@ -70,9 +68,9 @@ def export(
     router = find_weights(profile, beside)
     image = image_processing(checkpoint)
     text = text_processing(checkpoint)
-    before = _same(existing, spec, dtype)
-    choices = gather_choices(before, profile, schedule)
-    with _destination(out, new=before is None) as directory:
+    before = _same(out, existing.manifest, spec, dtype) if existing else None
+    gather_choices(before, profile, schedule)  # refuses before the work what cannot be added
+    with scratch(out, existing) as directory:
         source = Source.place(checkpoint, directory, dtype)
         vision, projector = export_vision(source, stage, spec.grid)
         routing = export_router(source, profile, router) if router else ()
@@ -81,7 +79,6 @@ def export(
         encoded = msgspec.json.format(msgspec.json.encode(profile), indent=2)
         write_whole(directory / profile_file, encoded + b"\n")
         graphs = [name for name in (vision, projector, *routing, *decoders.values()) if name]
-        written = [*source.files, profile_file, *graphs]
         entry = Entry(
             model=spec,
             tower=geometry,
@@ -91,71 +88,65 @@ def export(
             router=next(iter(routing), None),
             decoders=decoders,
         )
-        manifest = Manifest(
+        alone = Manifest(
             producer=f"trimvlm {trimvlm.__version__}, torch {torch.__version__}",
             fingerprint=spec.fingerprint or "",
             dtype=dtype,
             image=image,
             text=msgspec.structs.replace(text, tokenizer=f"{CHECKPOINT}/{text.tokenizer}"),
             weights=source.weight_files,
-            ignored_tensors=_ignored(source, before),
-            profiles={**(before.profiles if before else {}), profile.key: entry},
-            choices=choices,
-            files={**(before.files if before else {}), **_recorded(directory, written)},
+            ignored_tensors=source.ignored(),
+            profiles={profile.key: entry},
+            choices=gather_choices(None, profile, schedule),
+            files=_recorded(directory, [*source.files, profile_file, *graphs]),
         )
-        write_manifest(directory, manifest)
+
+        def added(manifest: Manifest) -> Manifest:
+            """`alone` in what the bundle is by then. Graphs that profiles share stay as they are; tensors are
+            ignored that no profile uses."""
+            same, shared = _same(out, manifest, spec, dtype), {vision, projector, *routing}
+            unused = alone.ignored_tensors.items() & same.ignored_tensors.items()
+            files = {k: v for k, v in alone.files.items() if k not in shared or k not in same.files}
+            return msgspec.structs.replace(
+                alone,
+                ignored_tensors=dict(sorted(unused)),
+                profiles={**same.profiles, profile.key: entry},
+                choices=gather_choices(same, profile, schedule),
+                files={**same.files, **files},
+            )
+
+        write_manifest(directory, alone)
+        place(directory, out, added)
     return out
-
-
-@contextlib.contextmanager
-def _destination(out: Path, *, new: bool) -> Iterator[Path]:
-    """Where to write: a new bundle appears under its name when it is whole; a profile is added in place,
-    file by file, the manifest last."""
-    if not new:
-        yield out
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        directory = Path(scratch) / out.name
-        directory.mkdir()
-        yield directory
-        if out.exists():
-            out.rmdir()  # empty, as `existing_bundle` saw
-        directory.rename(out)
 
 
 def existing_bundle(out: Path) -> Bundle | None:
     """The bundle that a profile is added to, or None for a new one; what it knows of its weights is kept.
 
     Raises:
-        UserError: there is something else.
+        UserError: there is something else, or a damaged file.
     """
     if not (out / MANIFEST).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out}: exists and is not a bundle; give a new directory")
         return None
     bundle = Bundle(out)
+    bundle.check(())
     remember(bundle)
     return bundle
 
 
-def _same(bundle: Bundle | None, spec: ModelSpec, dtype: Dtype) -> Manifest | None:
-    """The bundle's manifest, if it is of the same checkpoint in the same precision."""
-    if bundle is None:
-        return None
-    manifest = bundle.manifest
+def _same(out: Path, manifest: Manifest, spec: ModelSpec, dtype: Dtype) -> Manifest:
+    """The manifest, if it is of the same checkpoint in the same precision.
+
+    Raises:
+        UserError: it is not.
+    """
     if manifest.fingerprint != spec.fingerprint or manifest.dtype != dtype:
         raise UserError(
-            f"{bundle.directory}: holds another checkpoint or precision ({manifest.dtype}); give a new "
-            "directory"
+            f"{out}: holds another checkpoint or precision ({manifest.dtype}); give a new directory"
         )
     return manifest
-
-
-def _ignored(source: Source, before: Manifest | None) -> dict[str, str]:
-    """Tensors that no graph of the bundle uses: neither this profile's nor another's."""
-    ignored = source.ignored()
-    return {name: ignored[name] for name in ignored if before is None or name in before.ignored_tensors}
 
 
 def _recorded(out: Path, names: list[str]) -> dict[str, File]:

@@ -54,157 +54,129 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import msgspec
 
-from trimvlm.encoder_rules import Tower
+from trimvlm import files
 from trimvlm.errors import UserError
-from trimvlm.image_processing import ImageProcessing
-from trimvlm.profile import ModelSpec, Profile, to_profile
-from trimvlm.router_spec import Choice
-from trimvlm.value import Value
+from trimvlm.files import File, is_whole, record, sha256, write_whole
+from trimvlm.manifest import (
+    FORMAT,
+    MANIFEST,
+    Dtype,
+    Engine,
+    Entry,
+    Lowering,
+    Manifest,
+    PromptTemplate,
+    TextProcessing,
+    read_manifest,
+    write_manifest,
+)
+from trimvlm.profile import Profile, to_profile
 
-FORMAT = 2
-MANIFEST = "manifest.json"
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "Bundle",
+    "Dtype",
+    "Engine",
+    "Entry",
+    "File",
+    "Lowering",
+    "Manifest",
+    "PromptTemplate",
+    "TextProcessing",
+    "record",
+    "sha256",
+    "write_manifest",
+    "write_whole",
+]
 
-Lowering = Literal["fused", "primitive"]
-Dtype = Literal["float32", "float16", "bfloat16"]
-
-
-class PromptTemplate(Value, frozen=True, kw_only=True):
-    """The checkpoint's chat template, frozen to pieces of text.
-
-    A conversation is `start`, then per turn `user_start`, one `image` per image, `text_start`, the text,
-    `user_end`, and for an answered turn `answer_start`, the answer, `answer_end`; at the end `generate`.
-    """
-
-    start: str
-    user_start: str
-    image: str
-    text_start: str = ""
-    user_end: str
-    answer_start: str
-    answer_end: str
-    generate: str
-
-
-class TextProcessing(Value, frozen=True, kw_only=True):
-    """Tokenization: the tokenizer file and the ids that the runtime must know."""
-
-    tokenizer: str
-    image_token: str
-    image_token_id: int
-    eos_ids: tuple[int, ...]
-    template: PromptTemplate
-
-
-class File(Value, frozen=True, kw_only=True):
-    """A file of the bundle, for verification."""
-
-    bytes: int
-    sha256: str
-
-
-class Engine(Value, frozen=True, kw_only=True):
-    """What `trimvlm build` made for one Target, and what it is bound to.
-
-    Attributes:
-        target: the Target's name.
-        backend: the library that runs it and the exact version that built it.
-        graphs: role (`vision`, `projector`, `router`, `decoder`) to the file that the backend loads: a plan,
-            or for ONNX Runtime the graph itself.
-        profile_digest: `Profile.digest` at build time.
-        options: builder options and shape ranges, for people and for staleness checks.
-        measured: bytes and seconds of the build.
-    """
-
-    target: str
-    backend: str
-    version: str
-    graphs: dict[str, str]
-    profile_digest: str
-    options: dict[str, Any] = {}
-    measured: dict[str, float] = {}
-
-
-class Entry(Value, frozen=True, kw_only=True):
-    """One profile of the bundle.
-
-    Attributes:
-        model: what it is for; entries differ in the grid of the images, and in what follows from it.
-        tower: of one view.
-        profile, vision, decoders, goldens: files.
-        projector: there where the profile has an encoder stage.
-        router: there where the profile has one.
-    """
-
-    model: ModelSpec
-    tower: Tower
-    profile: str
-    vision: str
-    projector: str | None = None
-    router: str | None = None
-    decoders: dict[Lowering, str]
-    goldens: str | None = None
-    engines: dict[str, Engine] = {}
-
-
-class Manifest(Value, frozen=True, kw_only=True):
-    """Everything that a device must know, without torch, transformers or YAML.
-
-    Attributes:
-        fingerprint: of the checkpoint.
-        profiles: by name; `name@RxC` where images have grids, of R rows and C columns.
-    """
-
-    format: Literal[2] = FORMAT
-    producer: str
-    fingerprint: str
-    dtype: Dtype
-    image: ImageProcessing
-    text: TextProcessing
-    weights: tuple[str, ...]
-    ignored_tensors: dict[str, str]
-    profiles: dict[str, Entry]
-    choices: dict[str, Choice] = {}
-    files: dict[str, File]
+PENDING = ".pending"  # what `trimvlm.publishing` is putting in place
+PATIENCE = 5.0  # seconds; putting files in place takes milliseconds
+ENGINE = ".engine"
 
 
 class Bundle:
     """A bundle on disk: its manifest, and paths that are known to exist.
 
     Raises (on open):
-        UserError: no bundle there, an unknown format, a path that leaves the directory, a missing file or a
-            file of the wrong size.
+        UserError: no bundle there, an unknown format, a damaged manifest, a path that leaves the directory, a
+            file that is missing, of the wrong size or not in the manifest.
     """
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
-        path = self.directory / MANIFEST
-        if not path.is_file():
-            raise UserError(f"{self.directory}: no {MANIFEST} here; make a bundle with trimvlm export")
-        try:
-            self.manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-        except (msgspec.DecodeError, UserError) as error:
-            raise UserError(f"{path}: not a bundle manifest of format {FORMAT}: {error}") from None
-        for name, file in self.manifest.files.items():
-            size = self.path(name).stat().st_size if self.path(name).is_file() else None
-            if size != file.bytes:
+        self.manifest = read_manifest(self.directory)
+        self._root = self.directory.resolve()
+        deadline = time.monotonic() + PATIENCE
+        while problem := self._problem():
+            # A build or export may be putting its files in place just now.
+            again, busy = read_manifest(self.directory), (self.directory / PENDING).exists()
+            if again == self.manifest and not busy:
+                raise UserError(f"{self.directory}: {problem}")
+            if time.monotonic() > deadline:
                 raise UserError(
-                    f"{self.directory}: {name} "
-                    f"{'is missing' if size is None else f'has {size} bytes, not {file.bytes}'}; "
-                    "copy the bundle again or export it again"
+                    f"{self.directory}: {problem}; a build or export was interrupted as it put its files in "
+                    f"place: finish it with trimvlm verify {self.directory}"
                 )
+            self.manifest = again
+            time.sleep(0.02)
+
+    def _problem(self) -> str | None:
+        """The first file that is missing, of another size or not in the manifest."""
+        for name, file in self.manifest.files.items():
+            path = self.path(name)
+            size = path.stat().st_size if path.is_file() else None
+            if size != file.bytes:
+                said = "is missing" if size is None else f"has {size} bytes, not {file.bytes}"
+                return f"{name} {said}; {self.remedy(name)}"
+        extra = next((name for name in visible_files(self.directory) if name not in self._known), None)
+        return extra and (
+            f"{extra} is not in {MANIFEST}, so it is no part of the bundle; remove it, or copy the bundle "
+            "again"
+        )
+
+    @property
+    def _known(self) -> set[str]:
+        return {MANIFEST, *self.manifest.files}
 
     def path(self, name: str) -> Path:
-        """Path of a file named in the manifest."""
-        path = (self.directory / name).resolve()
-        if not path.is_relative_to(self.directory.resolve()):
-            raise UserError(f"{self.directory}: {name} leads out of the bundle")
+        """Path of a file named in the manifest; links may not lead out of the directory.
+
+        Raises:
+            UserError: it leaves the directory.
+        """
+        path = (self._root / name).resolve()
+        if not path.is_relative_to(self._root):
+            raise UserError(f"{self.directory}: {name} leads out of the bundle; copy it with the file itself")
         return path
+
+    def remedy(self, name: str) -> str:
+        """What to do about a file that is missing or damaged."""
+        for profile, entry in self.manifest.profiles.items():
+            for target, engine in entry.engines.items():
+                if name.endswith(ENGINE) and name in engine.graphs.values():
+                    return rebuild(self.directory, target, profile)
+        return "copy the bundle again, or export to a new directory"
+
+    def _damage(self, name: str) -> str:
+        return f"{self.directory}: {name} is damaged (SHA-256 differs); {self.remedy(name)}"
+
+    def check(self, read: Iterable[str]) -> None:
+        """Compares with the recorded SHA-256: every small file, and the large ones that will be read.
+
+        Raises:
+            UserError: naming the first file that differs.
+        """
+        wanted = set(read)
+        for name, file in self.manifest.files.items():
+            if (file.bytes <= files.SMALL or name in wanted) and not is_whole(self.path(name), file):
+                raise UserError(self._damage(name))
 
     def entry(self, profile: str | None = None) -> tuple[str, Entry]:
         """Name and entry of a profile; None where the bundle holds a single one.
@@ -244,51 +216,46 @@ class Bundle:
         return list(choice.members) if choice else [self.entry(name)[0]]
 
     def profile(self, name: str | None = None) -> Profile:
-        """The Profile itself."""
+        """The Profile itself.
+
+        Raises:
+            UserError: as `entry`; or its file is damaged.
+        """
         _, entry = self.entry(name)
-        return to_profile(msgspec.json.decode(self.path(entry.profile).read_bytes()), source=entry.profile)
+        data = self.path(entry.profile).read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[entry.profile].sha256:
+            raise UserError(self._damage(entry.profile))
+        return to_profile(msgspec.json.decode(data), source=entry.profile)
+
+    def damaged(self, advance: Callable[[str], None] = lambda name: None) -> list[str]:
+        """Every file whose SHA-256, taken afresh, is not the recorded one; `advance` is called after each."""
+        found = []
+        for name, file in self.manifest.files.items():
+            if not is_whole(self.path(name), file, fresh=True):
+                found.append(name)
+            advance(name)
+        return found
 
     def verify(self) -> None:
-        """Compares every file with its recorded SHA-256.
+        """Compares every file with its recorded SHA-256, also those that were compared before.
 
         Raises:
             UserError: naming the first file that differs.
         """
-        for name, file in self.manifest.files.items():
-            if sha256(self.path(name)) != file.sha256:
-                raise UserError(f"{self.directory}: {name} is damaged (SHA-256 differs); copy it again")
+        for name in self.damaged():
+            raise UserError(self._damage(name))
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, streamed."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def rebuild(directory: Path, target: str, profile: str) -> str:
+    """The command that makes an engine anew."""
+    return f"build it again with trimvlm build {directory} --target {target} --profile {profile}"
 
 
-def record(path: Path) -> File:
-    """Size and SHA-256 of a file."""
-    return File(bytes=path.stat().st_size, sha256=sha256(path))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all (temporary name, fsync, rename)."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes `manifest.json`, indented for people."""
-    encoded = msgspec.json.encode(manifest, order="deterministic")
-    write_whole(directory / MANIFEST, msgspec.json.format(encoded, indent=2) + b"\n")
+def visible_files(directory: Path) -> Iterator[str]:
+    """Names of all files of a bundle but the hidden ones: locks, timing caches, files being written."""
+    for path, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        linked = [name for name in folders if Path(path, name).is_symlink()]
+        for name in sorted([*names, *linked]):
+            if not name.startswith("."):
+                yield Path(path, name).relative_to(directory).as_posix()

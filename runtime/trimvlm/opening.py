@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trimvlm.backends import Backend, load_backend
+from trimvlm.binding import check_engine
 from trimvlm.bundle import Bundle, Engine
 from trimvlm.errors import UserError
+from trimvlm.machine import PLAN_LIBRARIES
 
 ORT_CPU = "ort-cpu"
+
+
+def check_opening(bundle: Bundle, names: Iterable[str], target: str) -> None:
+    """Checks all that a session of these profiles or choices will load, before any of it is loaded.
+
+    Hashes of all small files and of the large ones that are read; what the engines are bound to.
+
+    Raises:
+        UserError: as `open_backends`, a damaged file, or an engine that does not fit.
+    """
+    members = [member for name in names for member in bundle.members(name)]
+    chosen = {member: _graphs(bundle, member, target) for member in members}
+    read = {file for _, graphs in chosen.values() for file in graphs.values()}
+    if any(library not in PLAN_LIBRARIES for library, _ in chosen.values()):  # graphs map the weights
+        read.update(name for name in bundle.manifest.files if name.endswith(".safetensors"))
+    bundle.check(read)
+    for member in members:
+        engine = bundle.manifest.profiles[member].engines.get(target)
+        if engine is not None:
+            check_engine(bundle, member, engine)
 
 
 def open_backends(
@@ -22,8 +44,8 @@ def open_backends(
     them. Engines of other targets have a copy each.
 
     Raises:
-        UserError: no profile or engine of that name, members that differ in their encoder stage, an engine of
-            an older profile, a precision that the target does not run, or a backend that is not installed.
+        UserError: no profile or engine of that name, members that differ in their encoder stage, a precision
+            that the target does not run, or a backend that is not installed.
     """
     members = bundle.members(name)
     if len({bundle.profile(member).decisions.encoder for member in members}) > 1:
@@ -60,10 +82,5 @@ def _graphs(bundle: Bundle, name: str, target: str) -> tuple[str, dict[str, str]
         raise UserError(
             f"{bundle.directory}: profile {name} has no engine for target {target!r}, only for {built}; "
             f"make one with trimvlm build {bundle.directory} --target {target}"
-        )
-    if engine.profile_digest != bundle.profile(name).digest:
-        raise UserError(
-            f"{bundle.directory}: the engine for {target} was built from another version of profile {name}; "
-            f"build it again with trimvlm build {bundle.directory} --target {target}"
         )
     return engine.backend, engine.graphs

@@ -18,7 +18,7 @@ from trimvlm.decoding import Outputs
 from trimvlm.detokenization import stream_text
 from trimvlm.errors import UserError
 from trimvlm.images import ImageSource, nearest_grid, read_rgb
-from trimvlm.opening import ORT_CPU, open_backends
+from trimvlm.opening import ORT_CPU, check_opening, open_backends
 from trimvlm.profile import Grid, ModelSpec
 from trimvlm.runner import Runner
 from trimvlm.sampling import make_sampler
@@ -72,11 +72,12 @@ class Session:
             options: of the backend, see its `open_backend`; for ONNX Runtime `threads` and `low_memory`.
 
         Raises:
-            UserError: no bundle, profile or engine of that name, an engine of an older profile, or a backend
-                that is not installed.
+            UserError: no bundle, profile or engine of that name, a damaged file, an engine for another
+                profile, library version, GPU or system, or a backend that is not installed.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         names = bundle.named(profile)
+        check_opening(bundle, names, target)
         tokenizer = load_tokenizer(bundle.path(bundle.manifest.text.tokenizer))
         runners = [
             Runner(

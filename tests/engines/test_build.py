@@ -11,7 +11,7 @@ import msgspec
 import onnxruntime
 import pytest
 
-from trimvlm.bundle import MANIFEST, Bundle, write_manifest
+from trimvlm.bundle import Bundle, record, write_manifest
 from trimvlm.errors import UserError
 from trimvlm.target import Limits
 from trimvlm_engines import targets
@@ -64,7 +64,14 @@ def test_stale_parts_are_built_again(bundle: Path, change: str) -> None:
         engine, expected = msgspec.structs.replace(engine, version="1.24.0"), both
     else:
         name = entry.decoders["fused"] if change == "graph" else manifest.weights[0]
-        files[name] = msgspec.structs.replace(files[name], sha256="0" * 64)
+        data = bytearray((bundle / name).read_bytes())
+        if change == "graph":
+            data += b"\x32\x01x"  # the model's doc_string
+        else:
+            data[-1] ^= 1
+        (bundle / name).unlink()  # the weights are linked to the checkpoint
+        (bundle / name).write_bytes(data)
+        files[name] = record(bundle / name)
         expected = {"decoder"} if change == "graph" else both
     entry = msgspec.structs.replace(entry, engines={"ort-cpu": engine})
     write_manifest(bundle, msgspec.structs.replace(manifest, profiles={"dense": entry}, files=files))
@@ -80,10 +87,10 @@ def test_graph_that_does_not_run_is_refused_and_not_recorded(bundle: Path, conte
     for node in model.graph.node:
         if node.op_type == "Attention":
             node.op_type = "Atention"
-    size = graph.stat().st_size
+    manifest = Bundle(bundle).manifest
     graph.write_bytes(model.SerializeToString())
-    text = (bundle / MANIFEST).read_text()
-    (bundle / MANIFEST).write_text(text.replace(f'"bytes": {size}', f'"bytes": {graph.stat().st_size}'))
+    files = {**manifest.files, graph.name: record(graph)}
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=files))
     before = contents()
     with pytest.raises(
         UserError, match=r"dense.decoder.fused.onnx: onnxruntime .* cannot run it: .*Atention"

@@ -103,7 +103,7 @@ def test_plan_has_no_name_before_it_is_published(tmp_path: Path) -> None:
     with record.PlanFile(tmp_path / "a.engine") as plan:
         plan.write(b"whole")
     assert not (tmp_path / "a.engine").exists()
-    file = plan.publish()
+    file = plan.move(tmp_path)
     assert (tmp_path / "a.engine").read_bytes() == b"whole"
     assert file == bundle_record(tmp_path / "a.engine")
     assert [path.name for path in tmp_path.iterdir()] == ["a.engine"]
@@ -132,7 +132,7 @@ def test_lost_plan_is_forgotten_and_nothing_else(bundle: Path, damage: bytes | N
 
 def test_lost_weights_stay_an_error(bundle: Path) -> None:
     (bundle / Bundle(bundle).manifest.weights[0]).unlink()
-    with pytest.raises(UserError, match="is missing; copy the bundle again or export it again"):
+    with pytest.raises(UserError, match="is missing; copy the bundle again, or export to"):
         record.open_bundle(bundle)
 
 

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from trimvlm import machine
 from trimvlm.errors import UserError
-from trimvlm_engines import gpu, targets
+from trimvlm_engines import targets
 from trimvlm_engines.build import build
 from trimvlm_engines.tensorrt_classic import TensorRt, _timing_cache
 
@@ -49,7 +50,7 @@ def test_wrong_version_or_device(
     monkeypatch: pytest.MonkeyPatch, version: str, found: str | None, message: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=version))
-    monkeypatch.setattr(gpu, "compute_capability", lambda: found)
+    monkeypatch.setattr(machine, "compute_capability", lambda: found)
     with pytest.raises(UserError, match=message):
         TensorRt(targets.load(ORIN))
 
@@ -58,8 +59,8 @@ def test_machine_without_a_driver_has_no_compute_capability(monkeypatch: pytest.
     def missing(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(gpu.ctypes, "CDLL", missing)
-    assert gpu.compute_capability() is None
+    monkeypatch.setattr(machine.ctypes, "CDLL", missing)
+    assert machine.compute_capability() is None
 
 
 class Config:

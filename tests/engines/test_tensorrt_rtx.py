@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from trimvlm.bundle import Bundle
+from trimvlm.bundle import Bundle, record, write_manifest
 from trimvlm.errors import UserError
 from trimvlm_engines import targets
 from trimvlm_engines.build import build
@@ -166,12 +166,10 @@ def test_failed_build_leaves_nothing(bundle: Path, contents: Contents) -> None:
     model = onnx.load(graph, load_external_data=False)
     node = next(node for node in model.graph.node if node.op_type == "Attention")
     node.name, node.op_type = "spoilt_node", "Atention"
-    size = graph.stat().st_size
+    manifest = Bundle(bundle).manifest
     graph.write_bytes(model.SerializeToString())
-    text = (bundle / "manifest.json").read_text()
-    (bundle / "manifest.json").write_text(
-        text.replace(f'"bytes": {size}', f'"bytes": {graph.stat().st_size}')
-    )
+    files = {**manifest.files, graph.name: record(graph)}
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=files))
     before = contents()
     with pytest.raises(
         UserError, match=r"dense.decoder.fused.onnx: node spoilt_node \(Atention\): "

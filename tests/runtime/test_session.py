@@ -226,7 +226,10 @@ def test_a_built_engine_is_used(bundle: Path):
 
 def test_an_engine_of_an_older_profile_is_refused(bundle: Path):
     add_engine(bundle, profile_digest="0" * 64)
-    with pytest.raises(UserError, match="another version of profile toy; build it again"):
+    with pytest.raises(
+        UserError,
+        match=r"the profile's digest is .*, but it was built for 0000.*; build it again with trimvlm build",
+    ):
         Session.open(bundle, target="box")
 
 
@@ -248,7 +251,8 @@ def test_a_graph_that_does_not_load_leaves_the_session_closed(bundle: Path):
     model = onnx.load(path)
     model.graph.node[0].op_type = "OfTomorrow"
     onnx.save(model, path)
-    write_manifest(bundle, msgspec.structs.replace(manifest, files={path.name: record(path)}))
+    files = {**manifest.files, path.name: record(path)}
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=files))
     session = Session.open(bundle)
     with pytest.raises(UserError, match=r"toy\.decoder\.fused\.onnx: ONNX Runtime .* cannot load"), session:
         raise AssertionError("entered")

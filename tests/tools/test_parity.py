@@ -14,9 +14,10 @@ import pytest
 import torch
 from tiny_models import noise_image, tiny_llava
 
-from trimvlm.bundle import Bundle
+from trimvlm.bundle import Bundle, record, write_manifest
 from trimvlm.encoder_rules import EncoderStage, VisPruner
 from trimvlm.errors import UserError
+from trimvlm.manifest import read_manifest
 from trimvlm.parity import Metric, ParityReport, Rung
 from trimvlm.profile import Decisions, LayerRule, Method, ModelSpec, Profile, Select, SkipMode, SkipStage
 from trimvlm.router_spec import RouterSpec
@@ -275,9 +276,9 @@ def test_goldens_of_another_choice_fail(tiny: tuple[Path, Path], tmp_path: Path)
 
 def refresh(bundle: Path, name: str) -> None:
     """Records a file of the bundle again, as it is now."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["files"][name]["bytes"] = (bundle / name).stat().st_size
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(bundle)
+    files = {**manifest.files, name: record(bundle / name)}
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=files))
 
 
 def test_a_graph_with_other_weights_fails_the_gate(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -293,4 +294,5 @@ def test_a_graph_with_other_weights_fails_the_gate(tiny: tuple[Path, Path], tmp_
     for node in model.graph.node:
         node.input[:] = [swap.get(name, name) for name in node.input]
     onnx.save(model, graph)
+    refresh(damaged, graph.name)
     assert check(Bundle(damaged), "patches", questions, data="tiny").verdict == "FAIL"

@@ -6,6 +6,7 @@ Kept in the bundle as small readable JSON; numbers that are compared are written
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,10 +14,12 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from trimvlm.bundle import Bundle, Entry, record, write_manifest, write_whole
+from trimvlm.bundle import Bundle, Entry, record, write_whole
 from trimvlm.errors import UserError
+from trimvlm.manifest import read_manifest
 from trimvlm.opening import ORT_CPU
 from trimvlm.parity import Metric, ParityReport, Rung
+from trimvlm.publishing import STAGED, changing, publish
 from trimvlm.schedule import Schedule
 from trimvlm.session import Session
 from trimvlm.value import Value
@@ -88,27 +91,33 @@ def write_goldens(
     Returns:
         The file written.
     """
-    manifest, directory = bundle.manifest, bundle.directory
-    thresholds = thresholds_of(Schedule.resolve(bundle.profile(profile), manifest.profiles[profile].model))
-    (directory / "goldens").mkdir(exist_ok=True)
-    cases, written = [], []
-    for sample, answer in answers:
-        name = f"goldens/{profile}-{len(cases)}{sample.image.suffix}"
-        shutil.copyfile(sample.image, directory / name)
-        cases.append(case_of(name, sample.question, answer, thresholds))
-        written.append(name)
-    goldens = Goldens(
-        profile_digest=bundle.profile(profile).digest,
-        data=report.data,
-        versions=report.versions,
-        cases=tuple(cases),
-    )
-    file = f"{profile}.goldens.json"
-    write_whole(directory / file, msgspec.json.format(msgspec.json.encode(goldens), indent=1) + b"\n")
-    entry: Entry = msgspec.structs.replace(manifest.profiles[profile], goldens=file)
-    files = {**manifest.files, **{name: record(directory / name) for name in [*written, file]}}
-    changed = msgspec.structs.replace(manifest, profiles={**manifest.profiles, profile: entry}, files=files)
-    write_manifest(directory, changed)
+    directory, file = bundle.directory, f"{profile}.goldens.json"
+    schedule = Schedule.resolve(bundle.profile(profile), bundle.manifest.profiles[profile].model)
+    thresholds = thresholds_of(schedule)
+    with changing(directory):
+        staged = Path(tempfile.mkdtemp(dir=directory, prefix=STAGED))
+        (staged / "goldens").mkdir()
+        cases, written = [], [file]
+        for sample, answer in answers:
+            name = f"goldens/{profile}-{len(cases)}{sample.image.suffix}"
+            shutil.copyfile(sample.image, staged / name)
+            cases.append(case_of(name, sample.question, answer, thresholds))
+            written.append(name)
+        goldens = Goldens(
+            profile_digest=bundle.profile(profile).digest,
+            data=report.data,
+            versions=report.versions,
+            cases=tuple(cases),
+        )
+        write_whole(staged / file, msgspec.json.format(msgspec.json.encode(goldens), indent=1) + b"\n")
+        manifest = read_manifest(directory)  # may have gained engines since the bundle was opened
+        entry: Entry = msgspec.structs.replace(manifest.profiles[profile], goldens=file)
+        changed = msgspec.structs.replace(
+            manifest,
+            profiles={**manifest.profiles, profile: entry},
+            files={**manifest.files, **{name: record(staged / name) for name in written}},
+        )
+        publish(directory, staged, changed)
     return directory / file
 
 
