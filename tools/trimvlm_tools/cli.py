@@ -2,8 +2,8 @@
 
 A verb is one file with `configure(parser)` and `run(args) -> int` and one line in `VERBS`; one that is a word
 of Python's (`import`) has a file with an underscore after it. Exit codes:
-0 done, 1 a gate failed (`check`; `inspect` of a model), 2 the user can mend it (one line on stderr says
-how), 130 interrupted.
+0 done, 1 a gate failed (`check`, `verify`, `doctor`; `inspect` of a model), 2 the user can mend it (one line
+on stderr says how), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ VERBS = {
     "calibrate": "make a pruning profile for a model from samples",
     "export": "write a model and its profiles as a bundle of ONNX graphs",
     "build": "build a bundle's engine for a target",
+    "verify": "check every file of a bundle, and whether its engines fit this machine",
     "run": "ask a bundle about images",
     "check": "measure a bundle against the reference; exits with 1 when a gate fails",
     "bench": "measure times and memory of a bundle",
