@@ -115,8 +115,9 @@ class Bundle:
         self._root = self.directory.resolve()
         deadline = time.monotonic() + PATIENCE
         while problem := self._problem():
-            # A build or export may be putting its files in place just now.
-            again, busy = read_manifest(self.directory), (self.directory / PENDING).exists()
+            # A build or export may be putting its files in place just now, the manifest last.
+            busy = (self.directory / PENDING).exists()
+            again = read_manifest(self.directory)
             if again == self.manifest and not busy:
                 raise UserError(f"{self.directory}: {problem}")
             if time.monotonic() > deadline:
@@ -124,8 +125,9 @@ class Bundle:
                     f"{self.directory}: {problem}; a build or export was interrupted as it put its files in "
                     f"place: finish it with trimvlm verify {self.directory}"
                 )
+            if again == self.manifest:
+                time.sleep(0.02)
             self.manifest = again
-            time.sleep(0.02)
 
     def _problem(self) -> str | None:
         """The first file that is missing, of another size or not in the manifest."""
