@@ -12,9 +12,7 @@ from trimvlm.encoder.ranking import highest
 from trimvlm.encoder_rules import HiPrune
 
 
-def choose(
-    rule: HiPrune, keep: int, outputs: Mapping[str, NDArray[Any]], columns: int
-) -> NDArray[np.int64]:
+def choose(rule: HiPrune, keep: int, outputs: Mapping[str, NDArray[Any]], columns: int) -> NDArray[np.int64]:
     """The chosen patches: anchors and neighbours first, both by falling attention of the deep layer.
 
     Neighbours are the patches before and after in raster order, which wraps across rows as published, and
