@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trimvlm.errors import UserError
+from trimvlm.image_processing import SingleView
 from trimvlm.images import fit, profile_grid, read_rgb
 from trimvlm.profile import Grid
 from trimvlm_export import families
@@ -45,13 +47,19 @@ def grid_of(checkpoint: Path, image_size: tuple[int, int] | None) -> Grid | None
     """The grid of images of a size (width, height) in pixels; None where images have none.
 
     Raises:
-        UserError: no model there, or images that trimvlm cannot prepare.
+        UserError: no model there, images that trimvlm cannot prepare, or a size that comes to no grid.
     """
     load_config(checkpoint)  # says better than the processor that there is no model
     processing = image_processing(checkpoint)
-    if image_size is not None:
-        return profile_grid(processing, *image_size)
-    return None
+    if image_size is None:
+        return None
+    grid = profile_grid(processing, *image_size)
+    if grid is None:
+        size = "{}x{}".format(*image_size)
+        fixed = "every image is one view of a fixed size in this model; leave it out"
+        narrow = f"images of {size} pixels come to no grid of this model; take a size that is less narrow"
+        raise UserError(f"--image-size: {fixed if isinstance(processing, SingleView) else narrow}")
+    return grid
 
 
 def load_model(checkpoint: Path) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from skimage import data
+from tiny_models import tiny_llava
 from tiny_qwen import tiny_qwen
 
 from trimvlm.bundle import Bundle
@@ -68,3 +69,15 @@ def test_steps_one_by_one_need_one_grid(bundle: Path) -> None:
 def test_an_unknown_name_says_what_there_is(bundle: Path) -> None:
     with pytest.raises(UserError, match="no profile 'fastv'; it holds dense@3x7, dense@7x3"):
         Session.open(bundle, "fastv")
+
+
+def test_sizes_that_no_grid_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = {
+        "no grid of this model": tiny_qwen(tmp_path / "qwen"),
+        "leave it out": tiny_llava(tmp_path / "llava"),
+    }
+    for said, checkpoint in models.items():
+        arguments = ["export", str(checkpoint), "--out", str(tmp_path / "bundle")]
+        assert main([*arguments, "--image-size", "9000x5"]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "bundle").exists()
