@@ -54,6 +54,26 @@ class Limits(Value, frozen=True, kw_only=True):
             )
 
 
+class PlanOptions(Value, frozen=True, kw_only=True):
+    """How plans are made beside what their graph says; part of what an engine is bound to.
+
+    Attributes:
+        version_compatible: the plan also runs on newer minor versions of the same major, somewhat slower, and
+            holds code of the library (classic TensorRT).
+        stripped: the plan holds no weights; they are put in from the bundle when it is opened.
+    """
+
+    version_compatible: bool = False
+    stripped: bool = False
+
+    def __post_init__(self) -> None:
+        if self.version_compatible and self.stripped:
+            raise UserError(
+                "plan: version_compatible and stripped exclude each other: the runtime inside a "
+                "version-compatible plan cannot put weights in; choose one"
+            )
+
+
 class Tested(Value, frozen=True, kw_only=True):
     """What was done for a Target and with what; None: never done.
 
@@ -92,6 +112,7 @@ class Target(Value, frozen=True, kw_only=True):
         compute_capability: SM of the GPU, e.g. `8.9`; None where nothing is built for one.
         build_on_device: the plan must be built on this very device (classic TensorRT).
         ranges: `joint`: one range of shapes for prefill and decode; `split`: one each.
+        plan: how plans are made.
         memory_gb: usable memory in GiB; on a Jetson what Linux shows, which the system needs a part of.
         bandwidth_gb_s: of that memory, from the datasheet.
         tflops: dense float16 peak of the tensor cores, sums in float32 where the datasheet tells them apart.
@@ -112,6 +133,7 @@ class Target(Value, frozen=True, kw_only=True):
     compute_capability: str | None = None
     build_on_device: bool = False
     ranges: Literal["joint", "split"] = "joint"
+    plan: PlanOptions = PlanOptions()
     memory_gb: float | None = None
     bandwidth_gb_s: float | None = None
     tflops: float | None = None
@@ -169,6 +191,13 @@ class Target(Value, frozen=True, kw_only=True):
             found["l4t"] = f"only classic TensorRT is built for Jetson, not {self.backend}"
         if onnx and self.ranges == "split":
             found["ranges"] = "ONNX Runtime takes any shape; leave it out"
+        if onnx and self.plan != PlanOptions():
+            found["plan"] = "ONNX Runtime has no plans; leave it out"
+        if rtx and self.plan.version_compatible:
+            found["plan"] = (
+                "version_compatible: a TensorRT-RTX plan belongs to the very release that built it; leave it "
+                "out, or use backend tensorrt"
+            )
         if classic and self.lowering == "fused" and not self._always_fused():
             found["lowering"] = (
                 f"fused needs TensorRT 10.15 or newer, but versions {self.versions} allows older ones; "

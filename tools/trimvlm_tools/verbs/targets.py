@@ -71,7 +71,7 @@ def block(target: Target) -> str:
     fields: list[tuple[str, object]] = []
     for name in target.__struct_fields__:
         value = getattr(target, name)
-        if name in ("limits", "tested"):
+        if name in ("limits", "plan", "tested"):
             empty = NEVER if name == "tested" else None
             fields += [
                 (f"{name}.{part}", empty if (inner := getattr(value, part)) is None else inner)
