@@ -32,7 +32,9 @@ class Limits(Value, frozen=True, kw_only=True):
         text: text rows of one prefill.
         new_tokens: tokens generated after it.
         topk: largest k of the library's TopK.
-        lm_head_columns: vocabulary entries of one MatMul of the language model head; None: all in one.
+        lm_head_columns: vocabulary entries of one MatMul of the language model head, and of one piece of the
+            token embeddings; None: all in one.
+        layers_per_engine: decoder layers of one engine; None: all in one.
         allocation_mb: largest contiguous piece of memory in MiB that the board is known to give; None: any.
     """
 
@@ -41,6 +43,7 @@ class Limits(Value, frozen=True, kw_only=True):
     new_tokens: int = 512
     topk: int = TENSORRT_TOPK_LIMIT
     lm_head_columns: int | None = None
+    layers_per_engine: int | None = None
     allocation_mb: int | None = None
 
     def __post_init__(self) -> None:
@@ -214,20 +217,20 @@ class Target(Value, frozen=True, kw_only=True):
         return (l4t is None) == (self.l4t is None) and (not l4t or within(l4t, self.l4t or ""))
 
     def _always_fused(self) -> bool:
-        lowest = [_numbers(limit) for sign, limit in _CLAUSE.findall(self.versions) if sign == ">="]
+        lowest = [numbers(limit) for sign, limit in _CLAUSE.findall(self.versions) if sign == ">="]
         return bool(lowest) and max(lowest) >= FUSED_SINCE
 
 
 def within(version: str, clauses: str) -> bool:
     """Whether a version satisfies clauses of the form `>=10.3,<10.4`."""
-    found = _numbers(version)
+    found = numbers(version)
     return all(
-        found >= _numbers(limit) if sign == ">=" else found < _numbers(limit)
+        found >= numbers(limit) if sign == ">=" else found < numbers(limit)
         for sign, limit in _CLAUSE.findall(clauses)
     )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """`1.7.1.116` as numbers; whatever follows them (`rc1`, `+cpu`) is no part of the order."""
+def numbers(version: str) -> tuple[int, ...]:
+    """`1.7.1.116` as numbers, which sort; whatever follows them (`rc1`, `+cpu`) is no part of the order."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in match.group().split(".")) if match else ()
