@@ -15,12 +15,14 @@ from trimvlm.bundle import (
     Entry,
     File,
     Manifest,
+    TextProcessing,
     record,
     write_manifest,
     write_whole,
 )
 from trimvlm.encoder_rules import check_tower
 from trimvlm.errors import UserError
+from trimvlm.image_processing import ImageProcessing
 from trimvlm.profile import ModelSpec, Profile
 from trimvlm.schedule import Schedule
 from trimvlm_export.checkpoint import model_spec, tower
@@ -30,8 +32,10 @@ from trimvlm_export.placing import place, scratch
 from trimvlm_export.processing import image_processing, text_processing
 from trimvlm_export.router_graph import export_router, gather_choices
 from trimvlm_export.router_weights import find_weights
-from trimvlm_export.source import CHECKPOINT, Source
+from trimvlm_export.source import CHECKPOINT, Source, small_files
 from trimvlm_export.vision_graph import export_vision
+
+PRODUCER = f"trimvlm {trimvlm.__version__}, torch {torch.__version__}"
 
 
 def export(
@@ -66,9 +70,8 @@ def export(
     if stage:
         check_tower(stage, geometry, spec.visual_tokens)
     router = find_weights(profile, beside)
-    image = image_processing(checkpoint)
-    text = text_processing(checkpoint)
     before = _same(out, existing.manifest, spec, dtype) if existing else None
+    image, text = _processing(checkpoint, before)
     gather_choices(before, profile, schedule)  # refuses before the work what cannot be added
     with scratch(out, existing) as directory:
         source = Source.place(checkpoint, directory, dtype)
@@ -89,11 +92,11 @@ def export(
             decoders=decoders,
         )
         alone = Manifest(
-            producer=f"trimvlm {trimvlm.__version__}, torch {torch.__version__}",
+            producer=PRODUCER,
             fingerprint=spec.fingerprint or "",
             dtype=dtype,
             image=image,
-            text=msgspec.structs.replace(text, tokenizer=f"{CHECKPOINT}/{text.tokenizer}"),
+            text=text,
             weights=source.weight_files,
             ignored_tensors=source.ignored(),
             profiles={profile.key: entry},
@@ -147,6 +150,18 @@ def _same(out: Path, manifest: Manifest, spec: ModelSpec, dtype: Dtype) -> Manif
             f"{out}: holds another checkpoint or precision ({manifest.dtype}); give a new directory"
         )
     return manifest
+
+
+def _processing(checkpoint: Path, before: Manifest | None) -> tuple[ImageProcessing, TextProcessing]:
+    """What images and texts go through. A bundle made of the same files has it already, and proven."""
+    if before and before.producer == PRODUCER:
+        files = {f"{CHECKPOINT}/{file.name}": record(file) for file in small_files(checkpoint)}
+        had = {name: file for name, file in before.files.items() if name.endswith((".json", ".jinja"))}
+        if files == {name: file for name, file in had.items() if name.startswith(f"{CHECKPOINT}/")}:
+            return before.image, before.text
+    text = text_processing(checkpoint)
+    frozen = msgspec.structs.replace(text, tokenizer=f"{CHECKPOINT}/{text.tokenizer}")
+    return image_processing(checkpoint), frozen
 
 
 def _recorded(out: Path, names: list[str]) -> dict[str, File]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -13,43 +13,40 @@ LAYER = re.compile(r"^(layers\.|past_key\.|past_value\.|present_key\.|present_va
 
 @dataclass
 class Layer:
-    """The last layer of a run in the traced graph.
+    """One layer in a traced graph.
 
     Attributes:
         nodes: what it computes for itself, in the graph's order.
         before, after: the residual stream.
-        as_expected: it has all the weights that the first layer of the run has, and no other layer's.
+        reads: names of the weights that the nodes read, without the layer's number, sorted; another layer's
+            with theirs.
     """
 
     nodes: list[ir.Node]
     before: ir.Value
     after: ir.Value
-    as_expected: bool
+    reads: list[str]
 
     @classmethod
-    def of(
-        cls, graph: ir.Graph, ports: dict[str, ir.Value], hidden: Sequence[ir.Value], first: int, last: int
-    ) -> Layer:
-        earlier: set[ir.Node] = set()
-        own: list[set[ir.Node]] = []
-        for layer in range(last + 1):
-            names = (f"present_key.{layer}", f"present_value.{layer}")
-            found = _cone([hidden[layer], *(ports[name] for name in names if name in ports)])
-            own.append(found - earlier)
-            earlier |= found
-        weights = [
-            {tuple(name.split(".", 2)[1:]) for name in _weights(own[layer])} for layer in (first, last)
-        ]
-        expected = {(str(last), suffix) for _, suffix in weights[0]}
-        before = hidden[first]
-        return cls(
-            nodes=[node for node in graph if node in own[last]],
-            before=before,
-            after=hidden[last],
-            as_expected=weights[1] == expected
-            and {number for number, _ in weights[0]} == {str(first)}
-            and any(before in node.inputs for node in own[last]),
-        )
+    def of(cls, graph: ir.Graph, ports: Mapping[str, ir.Value], number: int) -> Layer:
+        """Layer `number`, whose residual streams are the ports `before.{number}` and `after.{number}`.
+
+        Its own is what follows from the stream, from its weights and from its past, but not from the sizes of
+        these: all layers that are alike have the same.
+        """
+        before, after = ports[f"before.{number}"], ports[f"after.{number}"]
+        names = (f"present_key.{number}", f"present_value.{number}")
+        leading = _leading([after, *(ports[name] for name in names if name in ports)], before)
+        made: set[ir.Value | None] = set()
+        nodes: list[ir.Node] = []
+        for node in graph:  # in the order of computation
+            from_outside = any(value is before or _of(value, number) for value in node.inputs)
+            own = (from_outside and node.op_type != "Shape") or any(value in made for value in node.inputs)
+            if own and node in leading:
+                nodes.append(node)
+                made.update(node.outputs)
+        prefix = f"layers.{number}."
+        return cls(nodes, before, after, sorted(name.removeprefix(prefix) for name in _weights(nodes)))
 
     def copy(
         self, graph: ir.Graph, before: ir.Value, own: int, number: int, made: dict[str, ir.Value]
@@ -113,16 +110,25 @@ class Layer:
         return ir.Value(name=f"{value.name}.{number}", type=value.type, shape=shape)
 
 
-def _cone(values: Iterable[ir.Value]) -> set[ir.Node]:
-    """All nodes that lead to some values."""
+def _leading(values: Iterable[ir.Value], start: ir.Value) -> set[ir.Node]:
+    """Nodes that lead to some values, but not those before `start`."""
     found: set[ir.Node] = set()
     open_ = list(values)
     while open_:
-        node = open_.pop().producer()
+        value = open_.pop()
+        node = None if value is start else value.producer()
         if node is not None and node not in found:
             found.add(node)
             open_ += [value for value in node.inputs if value is not None]
     return found
+
+
+def _of(value: ir.Value | None, number: int) -> bool:
+    """Whether it is a weight or the past of layer `number`."""
+    if value is None or value.producer() is not None:
+        return False
+    found = LAYER.match(str(value.name))
+    return found is not None and int(found[2]) == number
 
 
 def _weights(nodes: Iterable[ir.Node]) -> set[str]:

@@ -1,18 +1,17 @@
-"""Tracing a deep decoder by its different layers: of a run of layers that the Schedule treats alike, the
-first and the last are traced, and the graph's nodes of the last are repeated for those between.
+"""Tracing a deep decoder by its different layers: of a run of layers that the Schedule treats alike the last
+is traced, and the nodes that are its own are repeated for those before it.
 
-Tracing takes a second per layer, copying nodes none. The first layer of a run makes what its rows share
-(rotary tables, masks); the last has nothing in it but its own work, which the copies repeat with their own
-weights, past and present. Where the traced graph does not look so (the exporter may merge equal weights of
-two layers), the decoder is traced whole.
+Tracing takes half a second per layer and more, copying nodes none. What a run shares (rotary tables, masks)
+stays as it is; the copies repeat what follows from the residual stream and from a layer's weights and past,
+with their own. Where the traced graph does not look so (the exporter merges equal weights), the decoder is
+traced whole.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -38,50 +37,26 @@ def trace_decoder(module: Decoder, *, dtype: torch.dtype) -> ir.Model:
         module: with its weights.
         dtype: of the weights.
     """
-    kept, runs = shortened(module.schedule)
-    if runs:
-        model = _trace(_Shortened(module, kept), dtype, hidden=len(kept))
-        if _expand(model, module.schedule, kept, runs):
+    runs = runs_of(module.schedule)
+    if len(runs) < len(module.schedule.rows):
+        model = _trace(_Shortened(module, runs), dtype, entered=len(runs))
+        if _expand(model, module, runs):
             return model
     return _trace(module, dtype)
 
 
-@dataclass(frozen=True)
-class _Repeat:
-    """A run of layers: positions of the first and the last among the traced ones, and the layers between."""
-
-    first: int
-    last: int
-    between: tuple[int, ...]
-
-
-def shortened(schedule: Schedule) -> tuple[list[int], list[_Repeat]]:
-    """Layers to trace, ascending, and the runs that miss some."""
-    kept: list[int] = []
-    runs: list[_Repeat] = []
-    for run in _runs(schedule):
-        kept.append(run[0])
-        if len(run) > 1:
-            kept.append(run[-1])
-        if len(run) > 2:
-            runs.append(_Repeat(len(kept) - 2, len(kept) - 1, tuple(run[1:-1])))
-    return kept, runs
-
-
-def _runs(schedule: Schedule) -> Iterable[list[int]]:
-    run: list[int] = []
+def runs_of(schedule: Schedule) -> list[list[int]]:
+    """All layers in runs of those that are alike, ascending. What changes the rows begins a run; a layer that
+    also selects or skips is one of its own."""
+    runs: list[list[int]] = []
+    alone = True
     for row in schedule.rows:
-        before = schedule.rows[row.layer - 1]
-        event = row.select or row.skip_stage or row.layer in (schedule.inject, schedule.exit)
-        if run and (event or row.execute == "none" or _kind(row) != _kind(before)):
-            yield run
-            run = []
-        run.append(row.layer)
-        if row.select or row.execute == "none":
-            yield run
-            run = []
-    if run:
-        yield run
+        changes = row.layer in (schedule.inject, schedule.exit)
+        before, alone = alone, bool(row.select) or row.skip_stage or row.execute == "none"
+        if before or alone or changes or _kind(row) != _kind(schedule.rows[row.layer - 1]):
+            runs.append([])
+        runs[-1].append(row.layer)
+    return runs
 
 
 def _kind(row: Row) -> Row:
@@ -89,11 +64,12 @@ def _kind(row: Row) -> Row:
 
 
 class _Shortened(nn.Module):
-    """Some layers of a decoder; also gives the residual stream after each of them."""
+    """The last layer of each run; also gives the residual streams before and after each of them."""
 
-    def __init__(self, whole: Decoder, kept: Sequence[int]) -> None:
+    def __init__(self, whole: Decoder, runs: Sequence[Sequence[int]]) -> None:
         super().__init__()
-        schedule, number = whole.schedule, {layer: position for position, layer in enumerate(kept)}
+        schedule, number = whole.schedule, {layer: n for n, run in enumerate(runs) for layer in run}
+        kept = [run[-1] for run in runs]
         self.schedule = msgspec.structs.replace(
             schedule,
             model=msgspec.structs.replace(schedule.model, layers=len(kept)),
@@ -106,48 +82,53 @@ class _Shortened(nn.Module):
         short.schedule = self.schedule
         short._layer = self._record  # type: ignore[method-assign]
         self.decoder = short
-        self.hidden: list[Tensor] = []
+        self.streams: list[Tensor] = []
 
     @functools.wraps(Decoder.forward)  # torch.export asks for the names of the arguments
     def forward(self, **inputs: Any) -> tuple[Any, ...]:
-        self.hidden = []
-        return (*self.decoder(**inputs), self.hidden)
+        self.streams = []
+        return (*self.decoder(**inputs), self.streams)
 
     def _record(self, row: Row, stream: Stream, run: Run) -> Stream:
         after = Decoder._layer(self.decoder, row, stream, run)
-        self.hidden.append(after.hidden)
+        self.streams += [stream.hidden, after.hidden]
         return after
 
 
-def _trace(module: Any, dtype: torch.dtype, hidden: int = 0) -> ir.Model:
+def _trace(module: Any, dtype: torch.dtype, entered: int = 0) -> ir.Model:
     schedule = module.schedule
+    streams = [f"{place}.{n}" for n in range(entered) for place in ("before", "after")]
     model = trace(
         module,
         decoder_example(schedule, dtype=dtype),
         is_dynamic,
         inputs=decoder_inputs(schedule),
-        outputs={**decoder_outputs(schedule), **{f"hidden.{n}": None for n in range(hidden)}},
+        outputs={**decoder_outputs(schedule), **dict.fromkeys(streams)},
         opset=OPSET,
     )
     rename(model.graph, lambda name: name.removeprefix("decoder."))
     return model
 
 
-def _expand(model: ir.Model, schedule: Schedule, kept: Sequence[int], runs: Sequence[_Repeat]) -> bool:
+def _expand(model: ir.Model, module: Decoder, runs: Sequence[Sequence[int]]) -> bool:
     """Repeats layers in place; False, and the graph is of no use, where it does not look as it should."""
-    graph = model.graph
+    graph, schedule = model.graph, module.schedule
     ports = {str(value.name): value for value in [*graph.inputs, *graph.outputs]}
-    hidden = [ports[f"hidden.{n}"] for n in range(len(kept))]
-    layers = [Layer.of(graph, ports, hidden, run.first, run.last) for run in runs]
-    if not all(layer.as_expected for layer in layers):
+    for value in graph.outputs[-2 * len(runs) :]:
+        producer = value.producer()
+        if producer is not None and producer.op_type == "Identity":  # one stream is two of the outputs
+            ports[str(value.name)] = producer.inputs[0] or value
+    repeated = {number: run for number, run in enumerate(runs) if len(run) > 1}
+    layers = {number: Layer.of(graph, ports, number) for number in repeated}
+    if not all(layers[n].reads == _reads(module, run[-1]) for n, run in repeated.items()):
         return False
-    rename(graph, lambda name: LAYER.sub(lambda found: f"{found[1]}{kept[int(found[2])]}", name))
+    rename(graph, lambda name: LAYER.sub(lambda found: f"{found[1]}{runs[int(found[2])][-1]}", name))
     made: dict[str, ir.Value] = {}
-    for run, layer in zip(runs, layers, strict=True):
-        before = hidden[run.first]
-        for number in run.between:
-            before = layer.copy(graph, before, kept[run.last], number, made)
-        layer.follow(before)
+    for number, run in repeated.items():
+        before = layers[number].before
+        for copied in run[:-1]:
+            before = layers[number].copy(graph, before, run[-1], copied, made)
+        layers[number].follow(before)
     ports = {str(value.name): value for value in [*graph.inputs, *graph.outputs]} | made
     graph.inputs[:] = [_shaped(ports[name], dims) for name, dims in decoder_inputs(schedule).items()]
     graph.outputs[:] = [_shaped(ports[name], dims) for name, dims in decoder_outputs(schedule).items()]
@@ -155,6 +136,13 @@ def _expand(model: ir.Model, schedule: Schedule, kept: Sequence[int], runs: Sequ
     passes.IdentityEliminationPass()(model)  # where two layers have one stream between them
     passes.RemoveUnusedNodesPass()(model)
     return True
+
+
+def _reads(module: Decoder, number: int) -> list[str]:
+    """Names of the weights that layer `number` reads, without its number, sorted."""
+    unused = {"attention": ("mlp.", "post_attention_layernorm."), "ffn": ("self_attn.", "input_layernorm.")}
+    never = unused.get(module.schedule.rows[number].sublayers, ())
+    return sorted(n for n, _ in module.layers[number].named_parameters() if not n.startswith(never))
 
 
 def _shaped(value: ir.Value, dims: Sequence[str | int]) -> ir.Value:

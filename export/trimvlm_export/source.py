@@ -51,7 +51,7 @@ class Source:
         directory = out / CHECKPOINT
         directory.mkdir(parents=True, exist_ok=True)
         weights = [place(file, directory, dtype) for file in weight_files(checkpoint)]
-        small = [f for f in sorted(checkpoint.iterdir()) if f.suffix in {".json", ".jinja"} and f.is_file()]
+        small = small_files(checkpoint)
         for file in small:
             shutil.copyfile(file, directory / file.name)
         names = [file.name for file in [*weights, *small]]
@@ -98,6 +98,11 @@ class Source:
             UserError: a tensor that should have been used.
         """
         return self.tensors.rest(lambda name: self.family.unused(self.config, name))
+
+
+def small_files(checkpoint: Path) -> list[Path]:
+    """What a checkpoint has beside its weights, and a bundle copies."""
+    return [f for f in sorted(checkpoint.iterdir()) if f.suffix in {".json", ".jinja"} and f.is_file()]
 
 
 def map_tensors(tensors: Iterable[Tensor], family: ModuleType, config: Any) -> TensorMap:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from trimvlm.rules import LastRowAttention
 from trimvlm.schedule import Schedule
 from trimvlm.session import Session
 from trimvlm.text import Prompt
+from trimvlm_export import export as bundle_export
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.export import export
 from trimvlm_export.reference import Reference
@@ -157,6 +159,24 @@ def test_second_profile_leaves_the_first_and_the_weights_alone(checkpoint: Path,
     added = sum(f.stat().st_size for f in (tmp_path / "b").rglob("*") if f.is_file()) - size
     assert added < 1_000_000
     after.verify()
+
+
+def test_processing_is_proven_once_for_the_same_files(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    export(model, profile_of(model, "dense"), tmp_path / "b")
+    proven: list[Path] = []
+    prove = bundle_export.image_processing
+    monkeypatch.setattr(bundle_export, "image_processing", lambda path: [proven.append(path), prove(path)][1])
+    export(model, profile_of(model, "late"), tmp_path / "b")
+    assert proven == []
+    options = model / "preprocessor_config.json"
+    if not options.exists():
+        options = model / "processor_config.json"
+    options.write_text(json.dumps(json.loads(options.read_text())) + "\n")
+    export(model, profile_of(model, "blind"), tmp_path / "b")
+    assert proven == [model]
 
 
 def test_every_tensor_is_used_or_ignored_for_a_reason(bundle: Bundle, checkpoint: Path) -> None:
