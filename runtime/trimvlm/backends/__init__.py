@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,17 @@ def load_backend(name: str, files: Mapping[str, Path], options: Mapping[str, Any
     """Makes the backend `name` (a Target's `backend`) for the graphs or plans of one profile.
 
     Raises:
-        UserError: this version has no such backend, or its library is not installed.
+        UserError: this version has no such backend, it has no such option, or its library is not installed.
     """
     module = f"{__name__}.run_{name}"
     if importlib.util.find_spec(module) is None:
         raise UserError(f"this version of trimvlm cannot run {name} engines; use the target ort-cpu")
-    return importlib.import_module(module).open_backend(files, **options)
+    opener = importlib.import_module(module).open_backend
+    known = [each for each in inspect.signature(opener).parameters if each != "files"]
+    for option in options:
+        if option not in known:
+            raise UserError(f"{option}: no option of {name}; it has {', '.join(known)}")
+    return opener(files, **options)
 
 
 def check_feeds(ports: Mapping[str, Port], feeds: Mapping[str, NDArray]) -> None:
