@@ -18,11 +18,12 @@ _MAJOR, _MINOR = 75, 76
 
 
 def library_version(backend: str) -> str | None:
-    """Exact version of an installed library of `PLAN_LIBRARIES`; None where it is not installed."""
+    """Exact version of an installed library of `PLAN_LIBRARIES`; None where it is not installed, or does not
+    load: its backend says why."""
     assert backend in PLAN_LIBRARIES, backend
     try:
         return importlib.import_module(backend).__version__
-    except ModuleNotFoundError:
+    except (ImportError, OSError):
         return None
 
 
