@@ -1,0 +1,147 @@
+"""Decoders in blocks of layers answer as whole ones do, bit for bit, under every kind of Schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import onnx
+import pytest
+from engines.conftest import LAYERS, METHODS
+from random_decisions import random_decisions
+from tiny_models import tiny_llava
+from whole_and_split import assert_same_answers
+
+from trimvlm.backends.blocks import CARRIED
+from trimvlm.bundle import Bundle
+from trimvlm.errors import UserError
+from trimvlm.profile import Decisions, LayerRule, Select, SkipMode, SkipStage
+from trimvlm.rules import CrossAndSelfAttention, LastRowAttention, RouterScores, TextAttention, ValueInfluence
+from trimvlm.schedule import Schedule, resolve
+from trimvlm.target import Limits
+from trimvlm_engines.shapes import decoder_ranges
+from trimvlm_engines.splitting import Piece, pieces
+from trimvlm_engines.splitting.blocks import cut
+from trimvlm_engines.splitting.boundaries import LAYER
+from trimvlm_export.checkpoint import model_spec
+from trimvlm_export.decoder_graph import export_decoder
+from trimvlm_export.source import Source
+
+# What METHODS lack: skip mode, a router, masks that are carried from layer to layer, ids that restart.
+OTHERS = {
+    "skip": Decisions(
+        skip=SkipMode(stages=(SkipStage(layer=1, count=2), SkipStage(layer=2, count=5))),
+        layers=(LayerRule(layers=(1, 3), query="unskipped"), LayerRule(layers=(2, 4), ffn="unskipped")),
+    ),
+    "router": Decisions(select=(Select(layer=2, keep=5, by=RouterScores()),)),
+    "masked": Decisions(
+        mask="post_softmax",
+        exit=4,
+        select=(Select(layer=2, keep=9, by=ValueInfluence(threshold=0.05)),),
+        layers=(LayerRule(layers=(0,), text_keys="sink", visual_keys="none"),),
+    ),
+    "compact": Decisions(
+        positions="compact",
+        select=(
+            Select(layer=1, keep=8, by=LastRowAttention(attention="own")),
+            Select(layer=4, keep=2, by=TextAttention()),
+        ),
+    ),
+    "inside": Decisions(
+        select=(Select(layer=2, keep=8, by=CrossAndSelfAttention()),),
+        layers=(LayerRule(layers=(3,), execute="decode"), LayerRule(layers=(1,), execute="none")),
+    ),
+}
+RANDOM = 4
+
+
+def split(graph: Path, schedule: Schedule, **limits: int) -> list[Piece]:
+    wanted = Limits(**limits)
+    return pieces(graph, wanted, decoder_ranges(schedule, wanted))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    directory = tmp_path_factory.mktemp("blocks")
+    checkpoint = tiny_llava(directory / "checkpoint", layers=LAYERS, kv_heads=2, tie=True)
+    return Source.place(checkpoint, directory / "bundle", "float32")
+
+
+@pytest.mark.parametrize("lowering", ["fused", "primitive"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(exported: Path, method: str, lowering: str) -> None:
+    bundle = Bundle(exported)
+    entry = bundle.manifest.profiles[method]
+    schedule = Schedule.resolve(bundle.profile(method), entry.model)
+    graph = bundle.path(entry.decoders[lowering])  # type: ignore[index]
+    for layers, count in ((1, 5), (2, 3), (4, 2), (9, 1)):
+        blocks = split(graph, schedule, layers_per_engine=layers)
+        assert [piece.role for piece in blocks] == [f"decoder.{number}" for number in range(count)]
+        assert_same_answers(graph, blocks, schedule)
+
+
+@pytest.mark.parametrize("case", [*OTHERS, *range(RANDOM)])
+def test_every_kind_of_schedule(source: Source, case: str | int) -> None:
+    spec = model_spec(source.out.parent / "checkpoint")
+    decisions = OTHERS[case] if isinstance(case, str) else random_decisions(Random(case), spec)
+    schedule = resolve(decisions, spec)
+    for name in export_decoder(source, f"case-{case}", schedule).values():
+        graph = source.out / name
+        assert_same_answers(graph, split(graph, schedule, layers_per_engine=2), schedule, images=2)
+        both = split(graph, schedule, layers_per_engine=1, lm_head_columns=24)
+        assert_same_answers(graph, both, schedule)
+
+
+def test_a_block_holds_its_own_weights_and_caches(exported: Path) -> None:
+    bundle = Bundle(exported)
+    schedule = Schedule.resolve(bundle.profile("hidivdrop"), bundle.manifest.profiles["hidivdrop"].model)
+    graph = bundle.path("hidivdrop.decoder.primitive.onnx")
+    whole = onnx.load(graph, load_external_data=False).graph
+    weights, total = {tensor.name for tensor in whole.initializer if tensor.external_data}, 0
+    for number, piece in enumerate(split(graph, schedule, layers_per_engine=2)):
+        block = onnx.ModelProto.FromString(piece.graph or b"").graph
+        mine = {tensor.name for tensor in block.initializer if tensor.external_data}
+        weights -= mine
+        total += len(mine)
+        for value in (*block.input, *(tensor for tensor in block.initializer if tensor.external_data)):
+            # The first block gives the others lengths of their pasts as nothing but shapes.
+            if (found := LAYER.match(value.name)) and value.name.startswith(("layers", "past_value")):
+                assert int(found[1]) // 2 == number, value.name
+    assert not weights and total == sum(1 for tensor in whole.initializer if tensor.external_data)
+
+
+def test_what_is_carried_has_static_rank_and_type(exported: Path) -> None:
+    """The residual stream, masks and rotary tables; no shapes, no weights, nothing as large as a past."""
+    bundle = Bundle(exported)
+    schedule = Schedule.resolve(bundle.profile("v-skip"), bundle.manifest.profiles["v-skip"].model)
+    graph = bundle.path("v-skip.decoder.primitive.onnx")
+    second = split(graph, schedule, layers_per_engine=2)[1]
+    block = onnx.ModelProto.FromString(second.graph or b"").graph
+    carried = {value.name: value.type.tensor_type for value in block.input if value.name.startswith(CARRIED)}
+    kinds = sorted(
+        (kind.elem_type, tuple(dim.dim_value for dim in kind.shape.dim)) for kind in carried.values()
+    )
+    boolean, number = onnx.TensorProto.BOOL, onnx.TensorProto.FLOAT
+    assert (number, (0, schedule.model.hidden)) in kinds and (boolean, (0, 0)) in kinds
+    assert all(kind.shape.dim for kind in carried.values())
+    hidden = next(name for name, kind in carried.items() if kind.shape.dim[-1].dim_value == 64)
+    limits = Limits()
+    rows = limits.text + limits.images * schedule.visual_tokens
+    assert second.ranges[hidden].plain() == [[1, 64], [32 + schedule.visual_tokens, 64], [rows, 64]]
+
+
+def test_graph_that_says_no_type_where_it_is_cut(exported: Path) -> None:
+    model = onnx.load(exported / "dense.decoder.fused.onnx", load_external_data=False)
+    del model.graph.value_info[:]
+    with pytest.raises(UserError, match=r"does not say the type of \w+.*; export it again"):
+        cut(model, 2)
+
+
+def test_layers_that_are_not_executed_make_no_block(source: Source) -> None:
+    spec = model_spec(source.out.parent / "checkpoint")
+    schedule = resolve(Decisions(layers=(LayerRule(layers=(2, 3), execute="none"),)), spec)
+    graph = source.out / export_decoder(source, "gap", schedule)["fused"]
+    blocks = split(graph, schedule, layers_per_engine=2)
+    assert [piece.role for piece in blocks] == ["decoder.0", "decoder.1"]
+    assert_same_answers(graph, blocks, schedule)
+    assert {piece.how["split"]["blocks"] for piece in blocks} == {2}
