@@ -3,7 +3,8 @@
 One module serves prefill and decode. Rows are laid out visual first, then text, whatever their order in the
 prompt: which row sees which is decided by position ids alone, so a layer without visual queries is a slice,
 and the order of keys in the cache does not matter. At decode there are no visual rows; every selection and
-slice is then the identity, since a stage keeps `images * keep` rows.
+slice is then the identity, since a stage keeps `images * keep` rows. A filled decoder (`trimvlm.filling`)
+has one filler row before the visual rows and one before each past, and so no empty tensor.
 
 Shares the Schedule with the reference, and no code. Shapes: T text rows, N visual rows (all images), R rows
 in the stream, P past rows, H heads, G key/value heads, C head size, D width, V vocabulary, K kept rows.
@@ -22,7 +23,7 @@ from trimvlm.errors import UserError
 from trimvlm.rules import RandomOrder, RouterScores, TextAttention, ValueInfluence, reads
 from trimvlm.schedule import Row, Schedule
 from trimvlm_export import decoder_scores as ranking
-from trimvlm_export.decoder_attention import Attended, shown_keys
+from trimvlm_export.decoder_attention import Attended, shown_keys, to_cache
 from trimvlm_export.decoder_run import Made, Outputs, Run
 from trimvlm_export.decoder_skip import enter, gain
 from trimvlm_export.decoder_stream import EveryRow, LastRow, Part, Stream
@@ -40,6 +41,7 @@ class Decoder(nn.Module):
         axes: with M-RoPE: int64 [C/2], the coordinate that each frequency turns with.
         rope_scale: factor on cos and sin (transformers' `attention_scaling`).
         biases: projections of a layer that have one, e.g. `q_proj`.
+        filled: see `trimvlm.filling`.
     """
 
     def __init__(
@@ -51,11 +53,12 @@ class Decoder(nn.Module):
         *,
         axes: Tensor | None = None,
         biases: Collection[str] = (),
+        filled: bool = False,
     ) -> None:
         super().__init__()
         if config.hidden_act != "silu":
             raise UserError(f"text_config.hidden_act: {config.hidden_act!r} is not supported, only 'silu'")
-        self.schedule, self.rope_scale = schedule, rope_scale
+        self.schedule, self.rope_scale, self.filled = schedule, rope_scale, int(filled)
         model = schedule.model
         self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.head_dim
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -86,9 +89,10 @@ class Decoder(nn.Module):
         """Lists hold one tensor per stage, per layer with keys and values, or per entry of `masks`."""
         text = self.embed_tokens(input_ids)
         index = torch.arange(visual.shape[0])
-        stream = Stream.of(text, text_positions, index[:0], coordinates=text_coordinates)
+        alone = {"index": index[:0], "filled": self.filled}  # without visual rows
+        stream = Stream.of(text, text_positions, coordinates=text_coordinates, **alone)
         run = Run(
-            images=visual.shape[0] // self.schedule.visual_tokens,
+            images=(visual.shape[0] - self.filled) // self.schedule.visual_tokens,
             forced=forced,
             forced_skip=forced_skip,
             router_scores=router_scores,
@@ -96,7 +100,7 @@ class Decoder(nn.Module):
             past_visible=dict(zip(self.schedule.masks, past_visible, strict=True)),
         )
         if any(row.select and isinstance(row.select.by, TextAttention) for row in self.schedule.rows):
-            run.raters = ranking.raters_of(visual, text, visual_positions, text_positions)
+            run.raters = ranking.raters_of(visual, text, visual_positions, text_positions, fill=self.filled)
         for row in self.schedule.rows:
             if row.layer == self.schedule.inject:
                 stream = Stream.of(
@@ -106,10 +110,12 @@ class Decoder(nn.Module):
                     coordinates=torch.cat((visual_coordinates, text_coordinates), dim=1)
                     if visual_coordinates is not None and text_coordinates is not None
                     else None,
+                    filled=self.filled,
+                    fill=self.filled,
                 )
             if row.layer == self.schedule.exit:
                 text_rows = stream.hidden[stream.visual :]
-                stream = Stream.of(text_rows, text_positions, index[:0], coordinates=text_coordinates)
+                stream = Stream.of(text_rows, text_positions, coordinates=text_coordinates, **alone)
             stream = self._layer(row, stream, run)
         logits = self.lm_head(self.norm(stream.hidden[-1:]))
         shown = [run.present_visible[stage] for stage in self.schedule.masks]
@@ -154,14 +160,11 @@ class Decoder(nn.Module):
             past=past[0].shape[2],
             past_visible=run.visible_past(row),
         )
-        present = attended.keys, attended.values
-        if row.live and not row.cached:
-            text = keys[:, :, stream.visual :], values[:, :, stream.visual :]
-            present = torch.cat((past[0], text[0]), dim=2), torch.cat((past[1], text[1]), dim=2)
-        run.out.present_key.append(present[0])
-        run.out.present_value.append(present[1])
-        shown = attended.shown()
-        if row.cached and row.masked_by is not None and shown is not None:
+        present = to_cache(attended, past[0], keys), to_cache(attended, past[1], values)
+        run.out.present_key.append(attended.keys if present[0] is None else present[0])
+        run.out.present_value.append(attended.values if present[1] is None else present[1])
+        shown = attended.shown_later()
+        if row.masked_by is not None and shown is not None:
             run.present_visible.setdefault(row.masked_by, shown)
         return attended
 
@@ -171,7 +174,7 @@ class Decoder(nn.Module):
             out = attended.output(self.schedule.mask)
             return stream.add(attended.part, self._projected(row, out))
         weights = attended.weights()
-        scores = ranking.cross_and_self_attention(weights, attended.past, stream.visual)
+        scores = ranking.cross_and_self_attention(weights, attended.past, stream)
         stream, rows = self._keep(row, stream, scores, run)
         out = attended.mixed(weights.index_select(2, rows))
         return stream.add(stream.part("live"), self._projected(row, out))
@@ -183,7 +186,7 @@ class Decoder(nn.Module):
         after = before + self._projected(row, attended.output(self.schedule.mask))
         if row.sublayers != "attention":
             after = after + self._weights(row).ffn(after)
-        decoding = torch.arange(1).unsqueeze(1) < attended.past
+        decoding = torch.arange(1).unsqueeze(1) < attended.past - self.filled
         return replace(stream, hidden=attended.part.put(stream.hidden, torch.where(decoding, after, before)))
 
     def _skip(self, row: Row, stream: Stream, run: Run) -> Stream:
@@ -193,7 +196,7 @@ class Decoder(nn.Module):
             stream,
             run.skipping,
             gained=gain(self.schedule.skip, stream, self.lm_head),
-            count=run.images * row.skipped,
+            count=run.images * row.skipped + stream.fill,
             forced=run.forced_skip[len(run.out.skipped)],
         )
         run.out.skipped.append(stream.index.index_select(0, run.skipping.rows))
@@ -210,7 +213,7 @@ class Decoder(nn.Module):
             assert past is not None
             made, scores = self._own_scores(row, stream, run, past[0])
         elif isinstance(rule, RandomOrder):
-            scores = ranking.random_order(rule.seed, self.schedule.visual_tokens, stream.index)
+            scores = ranking.random_order(rule.seed, self.schedule.visual_tokens, stream)
         elif isinstance(rule, RouterScores):
             assert run.router_scores is not None
             scores = run.router_scores.index_select(0, stream.index)
@@ -223,9 +226,8 @@ class Decoder(nn.Module):
     def _keep(self, row: Row, stream: Stream, scores: Tensor, run: Run) -> tuple[Stream, Tensor]:
         """Only the best rows, and the numbers of all rows that stay."""
         assert row.select
-        kept = ranking.choose(
-            scores, run.images * row.select.keep, run.forced[len(run.out.selected)], stream.index
-        )
+        count = run.images * row.select.keep + stream.fill
+        kept = ranking.choose(scores, count, run.forced[len(run.out.selected)], stream)
         stream, rows = stream.keep(kept)
         if isinstance(row.select.by, ValueInfluence) and row.select.by.threshold is not None:
             # What an earlier threshold hides has no weight, so its score is 0 and it stays hidden.
@@ -275,7 +277,7 @@ class Decoder(nn.Module):
             positions = stream.positions
             if self.schedule.positions == "compact":
                 # Ids restart at the length of this layer's cache: rows that were dropped leave no gap.
-                positions = past_key.shape[2] + stream.causal.sum(dim=1) - 1
+                positions = past_key.shape[2] - self.filled + stream.causal.sum(dim=1) - 1
             turns = positions.unsqueeze(1)
             if stream.coordinates is not None and self.axes is not None:
                 turns = stream.coordinates.index_select(0, self.axes).transpose(0, 1)

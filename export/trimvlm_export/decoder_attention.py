@@ -66,6 +66,13 @@ class Attended:
         """bool [S]: keys that no threshold hides; None: all of them."""
         return shown_keys(self.stream, self.past, self.past_visible)
 
+    def shown_later(self) -> Tensor | None:
+        """bool: which of the rows that are past from now on no threshold hides; None: there is none."""
+        if not self.row.cached or self.row.masked_by is None or self.stream.shown is None:
+            return None
+        before = shown_past(self.stream, self.past, self.past_visible)
+        return torch.cat((before, self.stream.shown[self.stream.fill :]))
+
     def weights(self) -> Tensor:
         """float32 [1, H, Q, S]: what the softmax gives, before `post_softmax` takes weights away."""
         return attention_weights(self.queries, self.keys, self.visible(self.part))
@@ -93,8 +100,17 @@ class Attended:
         is_visual = visual_rows(self.stream)
         key = torch.cat((torch.zeros(self.past, dtype=torch.bool), is_visual))
         hidden = key.unsqueeze(0) & ~self.part.take(is_visual.unsqueeze(1))
-        first = torch.arange(key.shape[0]) == self.past  # at decode no visual key, so nothing to move
+        # At decode there is no visual key, so nothing to move.
+        first = torch.arange(key.shape[0]) == self.past + self.stream.fill
         return (weights * hidden).sum(dim=3, keepdim=True) * first
+
+
+def to_cache(attended: Attended, past: Tensor, new: Tensor) -> Tensor | None:
+    """What a layer caches of its past [1, G, P, C] and new rows [1, G, R, C]; None: all of them."""
+    row, stream = attended.row, attended.stream
+    if row.live and not row.cached:
+        return torch.cat((past, new[:, :, stream.visual :]), dim=2)
+    return torch.cat((past, new[:, :, stream.fill :]), dim=2) if stream.fill else None
 
 
 def visual_rows(stream: Stream) -> Tensor:
@@ -104,7 +120,14 @@ def visual_rows(stream: Stream) -> Tensor:
 
 def shown_keys(stream: Stream, past: int, past_visible: Tensor | None) -> Tensor | None:
     """bool [P + R]: keys that no threshold hides; None: all of them."""
-    if stream.shown is None:
+    if stream.shown is None and not stream.filled:
         return None
-    before = torch.ones(past, dtype=torch.bool) if past_visible is None else past_visible
-    return torch.cat((before, stream.shown))
+    rows = torch.ones_like(stream.positions, dtype=torch.bool) if stream.shown is None else stream.shown
+    return torch.cat((shown_past(stream, past, past_visible), rows))
+
+
+def shown_past(stream: Stream, past: int, past_visible: Tensor | None) -> Tensor:
+    """bool [P]: the same of the past alone."""
+    if past_visible is not None:
+        return past_visible
+    return torch.arange(past) >= stream.filled if stream.filled else torch.ones(past, dtype=torch.bool)

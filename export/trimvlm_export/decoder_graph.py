@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimvlm.bundle import Lowering
+from trimvlm.bundle import DecoderGraph
 from trimvlm.errors import UserError
 from trimvlm.schedule import Schedule
 from trimvlm_export.decoder import Decoder
@@ -27,27 +27,34 @@ PARAMETERS = {
 }
 
 
-def export_decoder(source: Source, name: str, schedule: Schedule) -> dict[Lowering, str]:
+def export_decoder(
+    source: Source, name: str, schedule: Schedule, *, filled: bool = False
+) -> dict[DecoderGraph, str]:
     """Traces the decoder for the profile `name` once and writes it in both lowerings.
+
+    Args:
+        filled: the graph without empty tensors (`trimvlm.filling`).
 
     Returns:
         Lowering to file name.
     """
-    module = make_decoder(source.config, schedule)
+    fused: DecoderGraph = "fused.filled" if filled else "fused"
+    primitive: DecoderGraph = "primitive.filled" if filled else "primitive"
+    files: dict[DecoderGraph, str] = {kind: f"{name}.decoder.{kind}.onnx" for kind in (fused, primitive)}
+    module = make_decoder(source.config, schedule, filled=filled)
     weights = source.load(module, decoder_names(source.family, source.config, module))
     model = trace_decoder(module, dtype=getattr(torch, source.dtype))
     attach_weights(model, weights, source.out)
-    files: dict[Lowering, str] = {
-        "fused": f"{name}.decoder.fused.onnx",
-        "primitive": f"{name}.decoder.primitive.onnx",
-    }
-    save(model, source.out / files["fused"])
-    save(to_primitive(model), source.out / files["primitive"])
+    save(model, source.out / files[fused])
+    save(to_primitive(model), source.out / files[primitive])
     return files
 
 
-def make_decoder(config: Any, schedule: Schedule) -> Decoder:
+def make_decoder(config: Any, schedule: Schedule, *, filled: bool = False) -> Decoder:
     """The decoder without weights; rotary frequencies and biases as transformers has them.
+
+    Args:
+        filled: the one without empty tensors.
 
     Raises:
         UserError: a text model that this decoder does not compute.
@@ -64,6 +71,7 @@ def make_decoder(config: Any, schedule: Schedule) -> Decoder:
             torch.empty(0),
             float(rotary.attention_scaling),
             biases=_biases(text),
+            filled=filled,
         )
     module.inv_freq = rotary.inv_freq.float()
     if schedule.model.mrope:

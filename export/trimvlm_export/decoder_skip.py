@@ -37,17 +37,19 @@ def enter(
         before: the stage before.
         gained: what accumulators grow by, float32 [V].
         count: K.
-        forced: int64 [0 or K], input row numbers that replace the ranking.
+        forced: int64 [0 or K], input row numbers that replace the ranking; see `choose`.
     """
     accumulator = ranked = gained
     if before is not None:
         accumulator = before.accumulator + gained
         ranked = accumulator + before.flags.float() * SURE
-    rows = choose(ranked, count, forced, stream.index)
+    rows = choose(ranked, count, forced, stream)
     place = torch.arange(stream.visual)
     flags = (rows.unsqueeze(1) == place.unsqueeze(0)).sum(dim=0)
+    if stream.fill:  # the filler row is among both, so that neither is ever empty
+        flags = flags * stream.of_prompt
     others = (place + flags * stream.visual).int()
-    active = torch.topk(others, stream.visual - count, largest=False).values.long()
+    active = torch.topk(others, stream.visual - count + stream.fill, largest=False).values.long()
     text = torch.arange(stream.visual, stream.hidden.shape[0])
     unskipped = GatheredRows(torch.cat((active, text)), f"unskipped at {row.layer}")
     return replace(stream, unskipped=unskipped), Skipping(accumulator, rows, flags)
@@ -59,17 +61,22 @@ def gain(mode: SkipMode, stream: Stream, head: Callable[[Tensor], Tensor]) -> Te
     terms = []
     if mode.entropy:
         logs = torch.log_softmax(head(visual).float(), dim=1)
-        terms.append(scaled(-(logs.exp() * logs).sum(dim=1)))
+        terms.append(scaled(-(logs.exp() * logs).sum(dim=1), stream))
     if mode.correlation:
         rows, mean = visual.float(), text.mean(dim=0)
         lengths = torch.linalg.vector_norm(rows, dim=1) * torch.linalg.vector_norm(mean)
-        terms.append(scaled((rows * mean).sum(dim=1) / lengths.clamp(min=1e-12)))
+        terms.append(scaled((rows * mean).sum(dim=1) / lengths.clamp(min=1e-12), stream))
     return torch.relu(1.0 - sum(terms[1:], terms[0]))
 
 
-def scaled(x: Tensor) -> Tensor:
+def scaled(x: Tensor, stream: Stream) -> Tensor:
     """To 0..1 by the least and greatest of x [V]; zeros where they are equal."""
     limit = torch.full((1,), torch.finfo(torch.float32).max)
     # The limits stand for the extremes of no rows, at decode.
-    low, high = torch.cat((x, limit)).amin(dim=0), torch.cat((x, -limit)).amax(dim=0)
-    return (x - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+    if stream.fill:
+        low, high = (torch.where(stream.of_prompt, x, end) for end in (limit, -limit))
+    else:
+        low, high = torch.cat((x, limit)), torch.cat((x, -limit))
+    least, range_ = low.amin(dim=0), high.amax(dim=0) - low.amin(dim=0)
+    found = (x - least) / range_.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(stream.of_prompt, found, 0.0) if stream.fill else found

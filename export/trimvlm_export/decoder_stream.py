@@ -82,12 +82,15 @@ class LastRow:
         return x[-1].unsqueeze(0)
 
     def put(self, x: Tensor, rows: Tensor) -> Tensor:
-        return torch.cat((x[:-1], rows))
+        last = torch.arange(x.shape[0]).unsqueeze(1) == x.shape[0] - 1
+        return torch.where(last, rows, x)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """The residual stream and what describes its rows.
+
+    In a filled decoder (`trimvlm.filling`) every past begins with a filler row, and so do the visual rows.
 
     Attributes:
         hidden: [R, D].
@@ -98,6 +101,8 @@ class Stream:
         causal: bool [R, R], row i may see row j.
         shown: bool [R], keys that no threshold hides; None: all of them.
         unskipped: the rows that are not in skip mode; None: all of them.
+        filled: 1 in a filled decoder, else 0: filler rows in a past.
+        fill: filler rows in this stream; 1 in a filled decoder where visual rows are, else 0.
         memo: what was already made for these rows (rotary tables, masks), shared by all their layers.
     """
 
@@ -109,6 +114,8 @@ class Stream:
     causal: Tensor
     shown: Tensor | None = None
     unskipped: GatheredRows | None = None
+    filled: int = 0
+    fill: int = 0
     memo: dict[Any, Any]
 
     @classmethod
@@ -120,8 +127,12 @@ class Stream:
         *,
         coordinates: Tensor | None = None,
         shown: Tensor | None = None,
+        filled: int = 0,
+        fill: int = 0,
     ) -> Stream:
         """A stream of new rows, none of them in skip mode."""
+        if fill and shown is None:
+            shown = torch.arange(hidden.shape[0]) >= fill
         return cls(
             hidden=hidden,
             visual=index.shape[0],
@@ -130,6 +141,8 @@ class Stream:
             index=index,
             causal=positions.unsqueeze(1) >= positions.unsqueeze(0),
             shown=shown,
+            filled=filled,
+            fill=fill,
             memo={},
         )
 
@@ -141,12 +154,28 @@ class Stream:
         coordinates = None if self.coordinates is None else self.coordinates.index_select(1, rows)
         shown = None if self.shown is None else self.shown.index_select(0, rows)
         index = self.index.index_select(0, kept_K)
-        return Stream.of(hidden, positions, index, coordinates=coordinates, shown=shown), rows
+        kept = Stream.of(
+            hidden,
+            positions,
+            index,
+            coordinates=coordinates,
+            shown=shown,
+            filled=self.filled,
+            fill=self.fill,
+        )
+        return kept, rows
 
     def show_only(self, shown_visual: Tensor) -> Stream:
         """Hides the visual rows that are False in bool [visual]."""
         text = torch.ones_like(self.positions[self.visual :], dtype=torch.bool)
+        if self.fill:
+            shown_visual = shown_visual & self.of_prompt
         return replace(self, shown=torch.cat((shown_visual, text)))
+
+    @property
+    def of_prompt(self) -> Tensor:
+        """bool [visual]: visual rows but the filler row."""
+        return torch.arange(self.visual) >= self.fill
 
     def part(self, rows: ActiveRows) -> Part:
         """The rows that run a sub-layer: visual ones by the layer's rule, and all text rows."""

@@ -45,6 +45,7 @@ def export(
     *,
     dtype: Dtype = "float32",
     beside: Path | None = None,
+    filled: bool = False,
 ) -> Path:
     """Writes a bundle, or adds a profile to the bundle of the same checkpoint and precision.
 
@@ -54,6 +55,7 @@ def export(
         out: the bundle's directory.
         dtype: precision of the weights and activations.
         beside: directory of the profile's file, where a router's weights lie too.
+        filled: also the decoder without empty tensors, for a target with `empty_tensors: false`.
 
     Returns:
         The bundle's directory.
@@ -78,6 +80,8 @@ def export(
         vision, projector = export_vision(source, stage, spec.grid)
         routing = export_router(source, profile, router) if router else ()
         decoders = export_decoder(source, profile.key, schedule)
+        if filled:
+            decoders |= export_decoder(source, profile.key, schedule, filled=True)
         profile_file = f"{profile.key}.profile.json"
         encoded = msgspec.json.format(msgspec.json.encode(profile), indent=2)
         write_whole(directory / profile_file, encoded + b"\n")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from trimvlm.filling import FILLED, POSITIONS
 from trimvlm.rules import RouterScores
 from trimvlm.schedule import Row, Schedule
 
@@ -38,14 +39,15 @@ def past_dim(schedule: Schedule, row: Row) -> str:
     return f"past_{schedule.kv_groups.index(row.cached)}"
 
 
-def decoder_inputs(schedule: Schedule) -> dict[str, Dims]:
-    """Input name to dimensions, in graph order."""
+def decoder_inputs(schedule: Schedule, filled: bool = False) -> dict[str, Dims]:
+    """Input name to dimensions, in graph order; of a filled decoder those that have a filler row count
+    it (`trimvlm.filling`)."""
     model = schedule.model
     inputs: dict[str, Dims] = {
         "input_ids": ["text"],
         "visual": ["visual", model.hidden],
         "text_positions": ["text"],
-        "visual_positions": ["visual"],
+        FILLED if filled else POSITIONS: ["visual"],
     }
     if model.mrope:
         inputs |= {"text_coordinates": [3, "text"], "visual_coordinates": [3, "visual"]}
@@ -78,13 +80,13 @@ def decoder_outputs(schedule: Schedule) -> dict[str, Dims]:
     return outputs
 
 
-def decoder_example(schedule: Schedule, *, dtype: torch.dtype) -> dict[str, Any]:
+def decoder_example(schedule: Schedule, *, dtype: torch.dtype, filled: bool = False) -> dict[str, Any]:
     """Arguments of `Decoder.forward` for tracing: two images, a past, every varying size distinct."""
     model, rows = schedule.model, attending(schedule)
-    visual, start = IMAGES * schedule.visual_tokens, 3
+    visual, start, fill = IMAGES * schedule.visual_tokens + filled, 3, int(filled)
 
     def past_rows(row: Row) -> int:
-        return 5 + IMAGES * row.cached
+        return 5 + IMAGES * row.cached + fill
 
     def past() -> list[torch.Tensor]:
         return [torch.zeros(1, model.kv_heads, past_rows(row), model.head_dim, dtype=dtype) for row in rows]
@@ -103,8 +105,8 @@ def decoder_example(schedule: Schedule, *, dtype: torch.dtype) -> dict[str, Any]
         "visual_positions": torch.arange(start, start + visual),
         **mrope,
         **router,
-        "forced": [torch.arange(IMAGES * row.after) for row in schedule.stages],
-        "forced_skip": [torch.arange(IMAGES * row.skipped) for row in schedule.skip_stages],
+        "forced": [torch.arange(IMAGES * row.after + fill) for row in schedule.stages],
+        "forced_skip": [torch.arange(IMAGES * row.skipped + fill) for row in schedule.skip_stages],
         "past_key": past(),
         "past_value": past(),
         "past_visible": [torch.ones(past_rows(row), dtype=torch.bool) for row in masked(schedule)],

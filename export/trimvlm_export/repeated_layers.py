@@ -81,7 +81,7 @@ class _Shortened(nn.Module):
         short._modules = {**whole._modules, "layers": nn.ModuleList(whole.layers[n] for n in kept)}
         short.schedule = self.schedule
         short._layer = self._record  # type: ignore[method-assign]
-        self.decoder = short
+        self.decoder, self.filled = short, whole.filled
         self.streams: list[Tensor] = []
 
     @functools.wraps(Decoder.forward)  # torch.export asks for the names of the arguments
@@ -96,13 +96,13 @@ class _Shortened(nn.Module):
 
 
 def _trace(module: Any, dtype: torch.dtype, entered: int = 0) -> ir.Model:
-    schedule = module.schedule
+    schedule, filled = module.schedule, bool(module.filled)
     streams = [f"{place}.{n}" for n in range(entered) for place in ("before", "after")]
     model = trace(
         module,
-        decoder_example(schedule, dtype=dtype),
+        decoder_example(schedule, dtype=dtype, filled=filled),
         is_dynamic,
-        inputs=decoder_inputs(schedule),
+        inputs=decoder_inputs(schedule, filled),
         outputs={**decoder_outputs(schedule), **dict.fromkeys(streams)},
         opset=OPSET,
     )
@@ -112,7 +112,8 @@ def _trace(module: Any, dtype: torch.dtype, entered: int = 0) -> ir.Model:
 
 def _expand(model: ir.Model, module: Decoder, runs: Sequence[Sequence[int]]) -> bool:
     """Repeats layers in place; False, and the graph is of no use, where it does not look as it should."""
-    graph, schedule = model.graph, module.schedule
+    graph = model.graph
+    inputs, outputs = decoder_inputs(module.schedule, bool(module.filled)), decoder_outputs(module.schedule)
     ports = {str(value.name): value for value in [*graph.inputs, *graph.outputs]}
     for value in graph.outputs[-2 * len(runs) :]:
         producer = value.producer()
@@ -130,8 +131,8 @@ def _expand(model: ir.Model, module: Decoder, runs: Sequence[Sequence[int]]) -> 
             before = layers[number].copy(graph, before, run[-1], copied, made)
         layers[number].follow(before)
     ports = {str(value.name): value for value in [*graph.inputs, *graph.outputs]} | made
-    graph.inputs[:] = [_shaped(ports[name], dims) for name, dims in decoder_inputs(schedule).items()]
-    graph.outputs[:] = [_shaped(ports[name], dims) for name, dims in decoder_outputs(schedule).items()]
+    graph.inputs[:] = [_shaped(ports[name], dims) for name, dims in inputs.items()]
+    graph.outputs[:] = [_shaped(ports[name], dims) for name, dims in outputs.items()]
     graph.sort()
     passes.IdentityEliminationPass()(model)  # where two layers have one stream between them
     passes.RemoveUnusedNodesPass()(model)

@@ -9,6 +9,7 @@
     router-<digest>.onnx              router with its .safetensors, for profiles that have it
     <profile>.decoder.fused.onnx      decoder graphs, a file of kilobytes each: weights are external data
     <profile>.decoder.primitive.onnx
+    <profile>.decoder.*.filled.onnx   the same without empty tensors, if asked for: `trimvlm.filling`
     <profile>.profile.json
     <profile>.goldens.json            what the reference computed, for `trimvlm check`
     <profile>.<target>.engine         plans written by `trimvlm build`
@@ -66,6 +67,7 @@ from trimvlm.files import File, is_whole, record, sha256, write_whole
 from trimvlm.manifest import (
     FORMAT,
     MANIFEST,
+    DecoderGraph,
     Dtype,
     Engine,
     Entry,
@@ -82,6 +84,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "Bundle",
+    "DecoderGraph",
     "Dtype",
     "Engine",
     "Entry",
@@ -98,7 +101,6 @@ __all__ = [
 
 PENDING = ".pending"  # what `trimvlm.publishing` is putting in place
 PATIENCE = 5.0  # seconds; putting files in place takes milliseconds
-ENGINE = ".engine"
 
 
 class Bundle:
@@ -162,7 +164,7 @@ class Bundle:
         """What to do about a file that is missing or damaged."""
         for profile, entry in self.manifest.profiles.items():
             for target, engine in entry.engines.items():
-                if name.endswith(ENGINE) and name in engine.graphs.values():
+                if name in engine.made:
                     return rebuild(self.directory, target, profile)
         return "copy the bundle again, or export to a new directory"
 

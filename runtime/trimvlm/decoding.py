@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimvlm.backends import Backend
+from trimvlm.filling import FILLED, POSITIONS, fill, is_filled, strip
 from trimvlm.mrope import Coordinates
 from trimvlm.text import Prompt
 
@@ -114,17 +115,23 @@ class Outputs(dict[str, NDArray[Any]]):
 
 @dataclass
 class Decoder:
-    """The decoder graph as a function of named inputs. What is left out gets zero rows."""
+    """The decoder graph as a function of named inputs. What is left out gets zero rows.
+
+    A filled graph (`trimvlm.filling`) takes and gives the same arrays here as an ordinary one.
+    """
 
     backend: Backend
     fetch: Sequence[str]
     keep: Sequence[str] = ()
     empty: dict[str, NDArray[Any]] = field(init=False)
+    filled: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        ports = self.backend.inputs("decoder")
+        self.filled = is_filled(ports)
         self.empty = {
-            name: np.zeros([size or 0 for size in port.shape], port.dtype)
-            for name, port in self.backend.inputs("decoder").items()
+            POSITIONS if name == FILLED else name: np.zeros([size or 0 for size in port.shape], port.dtype)
+            for name, port in ports.items()
         }
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,4 +139,7 @@ class Decoder:
             name: value.astype(self.empty[name].dtype, copy=False) if name == "visual" else value
             for name, value in inputs.items()
         }
-        return self.backend.run("decoder", {**self.empty, **feeds}, self.fetch, self.keep)
+        given = {**self.empty, **feeds}
+        if not self.filled:
+            return self.backend.run("decoder", given, self.fetch, self.keep)
+        return strip(self.backend.run("decoder", fill(given), self.fetch, self.keep))

@@ -19,6 +19,7 @@ from trimvlm.value import Value
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+ENGINE = ".engine"  # how names of plans end
 LARGEST = 64 << 20  # bytes; a hundred profiles with their engines take one
 
 _ZEROS = "0" * 64
@@ -26,6 +27,7 @@ _ZEROS = "0" * 64
 _CHECKSUM = re.compile(rb'\{\n  "format": \d+,\n  "checksum": "(?P<checksum>[0-9a-f]{64})",\n')
 
 Lowering = Literal["fused", "primitive"]
+DecoderGraph = Literal["fused", "primitive", "fused.filled", "primitive.filled"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -65,11 +67,12 @@ class Engine(Value, frozen=True, kw_only=True):
         compute_capability: SM of the GPU that its plans are for.
         system: operating system that its plans were built on, see `trimvlm.machine`; None where there are no
             plans.
-        graphs: role (`vision`, `projector`, `router`, `decoder`) to the file that the backend loads: a plan,
-            or for ONNX Runtime the graph itself.
+        graphs: role (`vision`, `projector`, `router`, `decoder`, or of blocks of layers `decoder.0`, ...) to the
+            file that the backend loads: a plan, or for ONNX Runtime the graph itself.
         profile_digest: `Profile.digest` at build time.
         options: by role, all that went into a file: graph and weights by their hashes, shape ranges, builder
-            options; of a plan also its own hash.
+            options; of a plan also its own hash; `piece`: the graph that it was made of, where the build wrote
+            one (`trimvlm_engines.splitting`).
         measured: bytes and seconds of the build.
     """
 
@@ -83,6 +86,12 @@ class Engine(Value, frozen=True, kw_only=True):
     options: dict[str, Any] = {}
     measured: dict[str, float] = {}
 
+    @property
+    def made(self) -> set[str]:
+        """Files that the build wrote: plans and pieces of graphs."""
+        pieces = {options["piece"] for options in self.options.values() if "piece" in options}
+        return pieces | {file for file in self.graphs.values() if file.endswith(ENGINE)}
+
 
 class Entry(Value, frozen=True, kw_only=True):
     """One profile of the bundle.
@@ -90,7 +99,8 @@ class Entry(Value, frozen=True, kw_only=True):
     Attributes:
         model: what it is for; entries differ in the grid of the images, and in what follows from it.
         tower: of one view.
-        profile, vision, decoders, goldens: files.
+        profile, vision, goldens: files.
+        decoders: files by lowering; without empty tensors (`trimvlm.filling`) where they were exported.
         projector: there where the profile has an encoder stage.
         router: there where the profile has one.
     """
@@ -101,7 +111,7 @@ class Entry(Value, frozen=True, kw_only=True):
     vision: str
     projector: str | None = None
     router: str | None = None
-    decoders: dict[Lowering, str]
+    decoders: dict[DecoderGraph, str]
     goldens: str | None = None
     engines: dict[str, Engine] = {}
 
@@ -109,8 +119,8 @@ class Entry(Value, frozen=True, kw_only=True):
     def references(self) -> list[str]:
         """Every file that it names."""
         some = self.projector, self.router, self.goldens
-        plans = (file for engine in self.engines.values() for file in engine.graphs.values())
-        return [self.profile, self.vision, *filter(None, some), *self.decoders.values(), *plans]
+        built = (file for engine in self.engines.values() for file in {*engine.graphs.values(), *engine.made})
+        return [self.profile, self.vision, *filter(None, some), *self.decoders.values(), *built]
 
 
 class Manifest(Value, frozen=True, kw_only=True):

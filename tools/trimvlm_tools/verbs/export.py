@@ -25,6 +25,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_image_size(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="directory to write")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--no-empty-tensors",
+        action="store_true",
+        help="also decoders without empty tensors, for `trimvlm build --no-empty-tensors`",
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable report on stdout")
 
 
@@ -57,7 +62,14 @@ def run(args: argparse.Namespace) -> int:
     beside = [Path(each).parent for each in args.profile] or [None]
     with console.progress("export", len(profiles)) as step:
         for profile, directory in zip(profiles, beside, strict=True):
-            export(model, profile, args.out, dtype=args.dtype, beside=directory)
+            export(
+                model,
+                profile,
+                args.out,
+                dtype=args.dtype,
+                beside=directory,
+                filled=args.no_empty_tensors,
+            )
             step(profile.key)
     manifest = Bundle(args.out).manifest
     size = sum(file.bytes for file in manifest.files.values())
