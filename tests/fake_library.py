@@ -15,6 +15,8 @@ from trimvlm import machine
 from trimvlm.bundle import Bundle, record, write_manifest
 from trimvlm.target import Target
 from trimvlm_engines import targets
+from trimvlm_engines.library import Work, plan_options
+from trimvlm_engines.progress import Progress
 
 VERSION, SYSTEM = "1.7.1.116", "linux-x86_64"
 
@@ -24,19 +26,23 @@ class FakeLibrary:
 
     writes_plans = True
 
-    def __init__(self, target: Target, *, log: Path | None = None, seconds: float = 0.0) -> None:
-        self.version = VERSION
-        self.options = {"compute_capability": target.compute_capability, "tf32": False}
+    def __init__(
+        self, target: Target, *, log: Path | None = None, seconds: float = 0.0, version: str = VERSION
+    ) -> None:
+        self.version = version
+        self.options = plan_options(target)
         self.log, self.seconds = log, seconds
 
-    def make(self, graph: Path, ranges: Any, dtype: str, sink: Any) -> dict[str, Any]:
+    def make(self, work: Work) -> dict[str, Any]:
+        assert work.sink is not None
         pieces = 20
-        for _ in range(pieces):
-            sink.write(os.urandom(300))
+        for piece in range(pieces):
+            work.sink.write(os.urandom(300))
             time.sleep(self.seconds / pieces)
+            work.watch(Progress("Writing at random", piece + 1, pieces, 0))
         if self.log:
             with self.log.open("a") as file:
-                file.write(f"{graph.name}\n")
+                file.write(f"{work.graph.name}\n")
         return {"attention": "fused"}
 
 

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from trimvlm import machine
+from trimvlm.binding import runs_on_version
 from trimvlm.bundle import Bundle, Engine, Entry, Manifest
 from trimvlm.errors import UserError
 from trimvlm.images import pixel_shape
 from trimvlm.schedule import Schedule
-from trimvlm.target import Target
+from trimvlm.target import Target, numbers
 from trimvlm.value import Value
 from trimvlm_engines import record, targets
-from trimvlm_engines.library import Library, open_library
+from trimvlm_engines.library import Library, Work, open_library
+from trimvlm_engines.memory import Peak
+from trimvlm_engines.progress import Progress
 from trimvlm_engines.shapes import (
     ShapeRange,
     decoder_ranges,
@@ -25,13 +28,16 @@ from trimvlm_engines.shapes import (
     images_range,
     plain,
     router_ranges,
+    split,
 )
+from trimvlm_engines.splitting import pieces
 
 log = logging.getLogger(__name__)
 
-Role = Literal["vision", "projector", "router", "decoder"]
+Role = str  # `vision`, `projector`, `router`, `decoder`, or of blocks of layers `decoder.0`, ...
 State = Literal["building", "built", "up to date"]
 Tell = Callable[[Role, State], None]
+Watch = Callable[[Role, Progress], None]
 
 
 class Part(Value, frozen=True, kw_only=True):
@@ -39,24 +45,29 @@ class Part(Value, frozen=True, kw_only=True):
 
     Attributes:
         graph: file of the graph in the bundle.
+        made: the graph, where the build makes it (`trimvlm_engines.splitting`).
         plan: file that the plan gets.
         ranges: shape ranges of its inputs.
         sources: hashes of everything that goes into it.
+        phases: ranges of prefill and of decode, where the target wants them split.
     """
 
     graph: str
+    made: bytes | None = None
     plan: str
     ranges: dict[str, ShapeRange]
     sources: dict[str, Any]
+    phases: tuple[dict[str, ShapeRange], ...] = ()
 
 
 class Made(NamedTuple):
-    """A part that can run: what the Engine says of it, and the plan where one was built just now."""
+    """A part that can run: what the Engine says of it, and the files that were made just now."""
 
     graph: str
+    version: str
     options: dict[str, Any]
     measured: dict[str, float]
-    plan: record.PlanFile | None = None
+    files: tuple[record.PlanFile, ...] = ()
 
 
 def build(
@@ -65,6 +76,7 @@ def build(
     profile: str | None = None,
     *,
     tell: Tell | None = None,
+    watch: Watch | None = None,
 ) -> Engine:
     """Makes a bundle's profile runnable on a target and records it in the manifest.
 
@@ -76,12 +88,14 @@ def build(
         target: a Target, the name of a shipped one or the path of a YAML file.
         profile: name of the profile; None where the bundle holds a single one.
         tell: called as the work goes on, with the part and its state.
+        watch: called with the part and how far the library is with its plan, many times a second.
 
     Raises:
         UserError: no such bundle, profile or target; a damaged file; a precision, size or device that does
             not fit; the library is missing or refuses the graph.
+        KeyboardInterrupt: Ctrl-C; the bundle is as it was.
     """
-    directory, tell = Path(directory), tell or _log
+    directory, tell, watch = Path(directory), tell or _log, watch or _ignore
     target = target if isinstance(target, Target) else targets.load(target)
     with record.building(directory, target.name), ExitStack() as unpublished:
         bundle = record.open_bundle(directory)
@@ -94,22 +108,22 @@ def build(
             found = find(bundle.manifest, target, library, role, part)
             if found is None:
                 tell(role, "building")
-                made[role] = make(bundle, library, role, part, unpublished)
+                made[role] = make(bundle, library, role, part, unpublished, watch=watch)
             else:
                 made[role] = found
             tell(role, "built" if found is None else "up to date")
         engine = Engine(
             target=target.name,
             backend=target.backend,
-            version=library.version,
+            version=max((part.version for part in made.values()), key=numbers),
             compute_capability=library.options.get("compute_capability"),
             system=machine.system() if library.writes_plans else None,
             graphs={role: part.graph for role, part in made.items()},
             profile_digest=bundle.profile(name).digest,
             options={role: part.options for role, part in made.items()},
-            measured={key: value for part in made.values() for key, value in part.measured.items()},
+            measured=_measured(bundle, made),
         )
-        record.add_engine(directory, name, engine, [part.plan for part in made.values() if part.plan])
+        record.add_engine(directory, name, engine, [file for part in made.values() for file in part.files])
     return engine
 
 
@@ -139,12 +153,9 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
     manifest = bundle.manifest
     profile = bundle.profile(name)
     schedule = Schedule.resolve(profile, entry.model)
-    decoder = entry.decoders.get(target.lowering)
+    decoder = entry.decoders.get(target.decoder)
     if decoder is None:
-        raise UserError(
-            f"{bundle.directory}: profile {name} has no {target.lowering} decoder, which target "
-            f"{target.name} takes; export it again"
-        )
+        raise _no_decoder(bundle, entry, name, target)
     weights = {file: manifest.files[file].sha256 for file in manifest.weights}
     pixels = pixel_shape(manifest.image, entry.model.grid)
     found: dict[Role, Part] = {
@@ -174,22 +185,45 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
                 "weights": {**weights, stored: manifest.files[stored].sha256},
             },
         )
-    found["decoder"] = Part(
-        graph=decoder,
-        plan=f"{name}.{target.name}.decoder.engine",
-        ranges=decoder_ranges(schedule, target.limits),
-        sources={
-            "graph": manifest.files[decoder].sha256,
-            "weights": weights,
-            "profile": profile.digest,
-        },
-    )
+    ranges = decoder_ranges(schedule, target.limits, filled=not target.empty_tensors)
+    phases = split(ranges) if target.ranges == "split" else ()
+    for piece in pieces(bundle.path(decoder), target.limits, ranges, phases):
+        found[piece.role] = Part(
+            graph=f"{name}.{target.name}.{piece.role}.onnx" if piece.graph else decoder,
+            made=piece.graph,
+            plan=f"{name}.{target.name}.{piece.role}.engine",
+            ranges=piece.ranges,
+            phases=piece.phases,
+            sources={
+                "graph": manifest.files[decoder].sha256,
+                "weights": weights,
+                "profile": profile.digest,
+                **piece.how,
+            },
+        )
     return found
+
+
+def _no_decoder(bundle: Bundle, entry: Entry, name: str, target: Target) -> UserError:
+    directory = bundle.directory
+    if target.lowering not in entry.decoders:
+        return UserError(
+            f"{directory}: profile {name} has no {target.lowering} decoder, which target {target.name} takes; "
+            "export it again"
+        )
+    checkpoint = directory / Path(bundle.manifest.text.tokenizer).parent
+    return UserError(
+        f"{directory}: profile {name} has no {target.lowering} decoder without empty tensors, which target "
+        f"{target.name} asks for; add it on the workstation with trimvlm export {checkpoint} --profile "
+        f"{directory / entry.profile} --dtype {bundle.manifest.dtype} --out {directory} --no-empty-tensors"
+    )
 
 
 def wanted_options(part: Part, library: Library) -> dict[str, Any]:
     """What decides how a part comes out; a plan that was made of anything else is stale."""
-    ranges = {"ranges": plain(part.ranges)} if library.writes_plans else {}
+    ranges: dict[str, Any] = {}
+    if library.writes_plans:
+        ranges = {"ranges": plain(part.ranges), "phases": [plain(phase) for phase in part.phases]}
     return {**part.sources, **library.options, **ranges}
 
 
@@ -198,36 +232,73 @@ def find(manifest: Manifest, target: Target, library: Library, role: Role, part:
     wanted = wanted_options(part, library)
     for entry in manifest.profiles.values():
         engine = entry.engines.get(target.name)
-        if engine is None or (engine.backend, engine.version) != (target.backend, library.version):
+        if engine is None or engine.backend != target.backend:
             continue
         if library.writes_plans and engine.system != machine.system():
             continue
         options = engine.options.get(role, {})
+        if not runs_on_version(target.backend, engine.version, library.version, options):
+            continue
         if "plan" in options and options["plan"] != manifest.files[engine.graphs[role]].sha256:
             continue  # another profile's build has replaced the plan they share
         if all(options.get(key) == value for key, value in wanted.items()):
-            measured = {key: value for key, value in engine.measured.items() if key.startswith(role)}
-            return Made(engine.graphs[role], options, measured)
+            measured = {key: value for key, value in engine.measured.items() if key.startswith(f"{role}_")}
+            return Made(engine.graphs[role], engine.version, options, measured)
     return None
 
 
-def make(bundle: Bundle, library: Library, role: Role, part: Part, unpublished: ExitStack) -> Made:
-    """Builds one part. Its plan is discarded when `unpublished` closes before it was published."""
-    started = time.perf_counter()
-    graph, dtype = bundle.path(part.graph), bundle.manifest.dtype
-    plan = None
-    if library.writes_plans:
-        with record.PlanFile(bundle.directory / part.plan) as plan:
-            unpublished.callback(plan.discard)
-            chosen = library.make(graph, part.ranges, dtype, plan)
-    else:
-        chosen = library.make(graph, part.ranges, dtype, None)
+def make(
+    bundle: Bundle, library: Library, role: Role, part: Part, unpublished: ExitStack, *, watch: Watch
+) -> Made:
+    """Builds one part. Its files are discarded when `unpublished` closes before they were published."""
+    graph = None if part.made is None else _write(bundle.directory / part.graph, part.made, unpublished)
+    work = Work(
+        graph=graph.part if graph else bundle.path(part.graph),
+        ranges=part.ranges,
+        dtype=bundle.manifest.dtype,
+        phases=part.phases,
+        watch=lambda progress: watch(role, progress),
+    )
+    started, plan = time.perf_counter(), None
+    with Peak() as peak:
+        if library.writes_plans:
+            with record.PlanFile(bundle.directory / part.plan) as plan:
+                unpublished.callback(plan.discard)
+                chosen = library.make(work._replace(sink=plan))
+        else:
+            chosen = library.make(work)
     measured: dict[str, float] = {f"{role}_seconds": round(time.perf_counter() - started, 3)}
+    if peak.bytes is not None:
+        measured[f"{role}_peak_bytes"] = peak.bytes
     if plan:
         measured[f"{role}_bytes"] = plan.file.bytes
         chosen["plan"] = plan.file.sha256
-    file = part.plan if plan else part.graph
-    return Made(file, {**wanted_options(part, library), **chosen}, measured, plan)
+    if graph:
+        chosen = {"plan": graph.file.sha256, **chosen, "piece": part.graph}
+    options = {**wanted_options(part, library), **chosen}
+    files = tuple(file for file in (graph, plan) if file)
+    return Made(part.plan if plan else part.graph, library.version, options, measured, files)
+
+
+def _write(path: Path, data: bytes, unpublished: ExitStack) -> record.PlanFile:
+    with record.PlanFile(path) as file:
+        unpublished.callback(file.discard)
+        file.write(data)
+    return file
+
+
+def _measured(bundle: Bundle, made: dict[Role, Made]) -> dict[str, float]:
+    """What was measured of each part, and the bytes of all plans over those of the weights."""
+    found = {key: value for part in made.values() for key, value in part.measured.items()}
+    plans = [found[f"{role}_bytes"] for role in made if f"{role}_bytes" in found]
+    weights = sum(bundle.manifest.files[name].bytes for name in bundle.manifest.weights)
+    if plans and weights:
+        found["weights_ratio"] = round(sum(plans) / weights, 4)
+    return found
+
+
+def _ignore(role: Role, progress: Progress) -> None:
+    pass
 
 
 def _log(role: Role, state: State) -> None:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trimvlm.bundle import Dtype
 from trimvlm.errors import UserError
 from trimvlm.target import Target
-from trimvlm_engines.library import check_version
-from trimvlm_engines.plan import Sink
-from trimvlm_engines.shapes import ShapeRange
+from trimvlm_engines.library import Work, check_version
 
 CPU = "CPUExecutionProvider"
-NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
 
 
 class OnnxRuntime:
@@ -41,19 +37,18 @@ class OnnxRuntime:
         self.version = onnxruntime.__version__
         self._ort = onnxruntime
 
-    def make(
-        self, graph: Path, ranges: Mapping[str, ShapeRange], dtype: Dtype, sink: Sink | None
-    ) -> dict[str, Any]:
+    def make(self, work: Work) -> dict[str, Any]:
         """Loads the graph and runs it on zeros of the smallest shapes (for a decoder: one decode step)."""
-        assert sink is None
+        assert work.sink is None
         try:
-            session = self._ort.InferenceSession(str(graph), providers=[CPU])
+            session = self._ort.InferenceSession(str(work.graph), providers=[CPU])
             feeds = {
-                node.name: np.zeros(ranges[node.name].min, NUMPY[node.type]) for node in session.get_inputs()
+                node.name: np.zeros(work.ranges[node.name].min, NUMPY[node.type])
+                for node in session.get_inputs()
             }
             session.run(None, feeds)
         except Exception as error:  # ONNX Runtime raises a dozen types of its own, all derived from this one
             if type(error).__module__.startswith("onnxruntime"):
-                raise UserError(f"{graph}: onnxruntime {self.version} cannot run it: {error}") from None
+                raise UserError(f"{work.graph}: onnxruntime {self.version} cannot run it: {error}") from None
             raise
         return {"provider": CPU}

@@ -1,7 +1,7 @@
 """Graph -> plan, over the API that classic TensorRT and TensorRT-RTX share; `trt` is either module.
 
 Precision lives in the graph: the network is always strongly typed and TF32 is off, so that a float32 graph
-is computed in float32.
+is computed in float32. What versions differ in is in `versions`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
+from trimvlm.bundle import Lowering
 from trimvlm.errors import UserError
+from trimvlm.target import PlanOptions
+from trimvlm_engines import versions
+from trimvlm_engines.library import Work
+from trimvlm_engines.progress import Reports, interruptible, monitor
 from trimvlm_engines.shapes import ShapeRange
 
 log = logging.getLogger(__name__)
@@ -22,55 +27,81 @@ Attention = Literal["fused", "decomposed"]
 NO_KERNEL = "is_decomposable"
 
 
-class Sink(Protocol):
-    """Where a plan goes."""
+class Recipe(NamedTuple):
+    """How a plan is built.
 
-    def write(self, data: bytes | memoryview) -> int: ...
+    Attributes:
+        attention: `fused` insists on dedicated kernels for the graph's Attention operators; `decomposed` lets
+            the builder take them apart.
+        options: of the Target.
+        configure: sets what is particular to the library on an IBuilderConfig; what it returns is called
+            after a successful build.
+    """
+
+    attention: Attention
+    options: PlanOptions
+    configure: Callable[[Any], Callable[[], None] | None]
 
 
 class NoFusedAttentionError(Exception):
     """The builder has no dedicated kernel for an Attention of this graph."""
 
 
-def build_plan(
-    trt: Any,
-    graph: Path,
-    ranges: Mapping[str, ShapeRange],
-    sink: Sink,
-    *,
-    attention: Attention,
-    configure: Callable[[Any], Callable[[], None] | None],
-) -> None:
-    """Builds one plan.
+def make_plan(trt: Any, work: Work, recipe: Recipe, lowering: Lowering) -> dict[str, Any]:
+    """Builds one plan; where the builder has no dedicated kernel for an Attention, it is decomposed.
 
-    Args:
-        trt: the library's module.
-        graph: ONNX file; its external data is read from beside it.
-        ranges: shape range of every input with a dynamic dimension.
-        sink: receives the plan, in pieces where the library can stream.
-        attention: `fused` insists on dedicated kernels for the graph's Attention operators; `decomposed` lets
-            the builder take them apart.
-        configure: sets what is particular to the library on an IBuilderConfig; what it returns is called
-            after a successful build.
+    Returns:
+        What became of Attention, for the Engine's options.
+
+    Raises:
+        UserError, KeyboardInterrupt: as `build_plan`.
+    """
+    if lowering == "primitive":
+        build_plan(trt, work, recipe)
+        return {"attention": lowering}
+    try:
+        build_plan(trt, work, recipe)
+    except NoFusedAttentionError:
+        log.warning("%s: no fused attention kernel for this head size; decomposed", work.graph.name)
+        recipe = recipe._replace(attention="decomposed")
+        build_plan(trt, work, recipe)
+    return {"attention": recipe.attention}
+
+
+def build_plan(trt: Any, work: Work, recipe: Recipe) -> None:
+    """Builds one plan into `work.sink`, in pieces where the library can stream.
+
+    The parser maps the weights' file; nothing here reads them.
 
     Raises:
         UserError: the graph does not parse (naming the node) or the builder refuses it.
         NoFusedAttentionError: `fused` was asked for and there is no kernel.
+        KeyboardInterrupt: Ctrl-C.
     """
+    graph, sink = work.graph, work.sink
+    assert sink is not None
     logger = _logger(trt)
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = versions.create_network(trt, builder)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         raise UserError(f"{graph}: {_parse_errors(parser) or logger.said()}")
-    if attention == "decomposed":
-        _allow_decomposition(trt, network)
+    if recipe.attention == "decomposed":
+        versions.allow_decomposition(trt, network)
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
-    finish = configure(config)
-    config.add_optimization_profile(_shape_ranges(builder, network, ranges, graph))
-    if not _serialize(trt, builder, network, config, sink):
-        if NO_KERNEL in logger.said() and attention == "fused":
+    versions.set_options(trt, config, recipe.options)
+    finish = recipe.configure(config)
+    for ranges in work.phases or [work.ranges]:
+        config.add_optimization_profile(_shape_ranges(builder, network, ranges, graph))
+    with interruptible() as interrupt:
+        reports = Reports(work.watch, interrupt)
+        config.progress_monitor = watching = monitor(trt, reports)  # the library holds no reference to it
+        built = versions.serialize(trt, builder, network, config, sink.write)
+        del watching
+    if reports.failure:
+        raise reports.failure
+    if not built:
+        if NO_KERNEL in logger.said() and recipe.attention == "fused":
             raise NoFusedAttentionError
         raise UserError(f"{graph}: {trt.__name__} {trt.__version__} cannot build it: {logger.said()}")
     if finish:
@@ -90,16 +121,6 @@ def _one_line(message: str) -> str:
     return " ".join(" ".join(line for line in message.splitlines() if "catchCudaError" not in line).split())
 
 
-def _allow_decomposition(trt: Any, network: Any) -> None:
-    """Marks every Attention decomposable. The parser hands out plain layers; the class is theirs to set."""
-    kind = getattr(trt.LayerType, "ATTENTION_OUTPUT", None)  # absent before 10.14, as is the operator
-    for number in range(network.num_layers):
-        layer = network.get_layer(number)
-        if kind is not None and layer.type == kind:
-            layer.__class__ = trt.IAttentionBoundaryLayer
-            layer.attention.decomposable = True
-
-
 def _shape_ranges(builder: Any, network: Any, ranges: Mapping[str, ShapeRange], graph: Path) -> Any:
     shapes = builder.create_optimization_profile()
     for number in range(network.num_inputs):
@@ -116,30 +137,6 @@ def _shape_ranges(builder: Any, network: Any, ranges: Mapping[str, ShapeRange], 
             raise UserError(f"{graph}: input {tensor.name} {list(dims)} has {said}; export it again")
         shapes.set_shape(tensor.name, wanted.min, wanted.opt, wanted.max)
     return shapes
-
-
-def _serialize(trt: Any, builder: Any, network: Any, config: Any, sink: Sink) -> bool:
-    """Streams where the library can: the whole plan in memory costs half the weights more."""
-    if not hasattr(builder, "build_serialized_network_to_stream"):
-        plan = builder.build_serialized_network(network, config)
-        return plan is not None and bool(sink.write(memoryview(plan)))
-    failure: list[OSError] = []
-
-    class Stream(trt.IStreamWriter):
-        def __init__(self) -> None:
-            trt.IStreamWriter.__init__(self)
-
-        def write(self, data: bytes) -> int:
-            try:  # an exception must not cross the library's own frames
-                return sink.write(data)
-            except OSError as error:
-                failure.append(error)
-                return 0
-
-    done = builder.build_serialized_network_to_stream(network, config, Stream())
-    if failure:
-        raise failure[0]
-    return bool(done)
 
 
 def _logger(trt: Any) -> Any:

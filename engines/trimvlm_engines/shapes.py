@@ -1,14 +1,17 @@
 """Shape ranges: the smallest, typical and largest shape of each graph input that a plan is built for.
 
-TensorRT calls a set of them an optimisation profile; here a Profile is a pruning profile. One joint range
-covers prefill and decode: with a range for each, TensorRT-RTX stores the weights twice.
+TensorRT calls a set of them an optimisation profile; here a Profile is a pruning profile. A joint set covers
+prefill and decode; a split one has a set for each, for which TensorRT-RTX stores the weights twice.
 
 m images, N visual rows of one image, T text rows, P past rows, G key/value heads, C head size, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from trimvlm.errors import UserError
+from trimvlm.filling import INPUTS, filled_name
 from trimvlm.profile import ModelSpec
 from trimvlm.rules import RouterScores
 from trimvlm.schedule import Schedule
@@ -38,8 +41,11 @@ class ShapeRange(Value, frozen=True, kw_only=True):
         return [list(self.min), list(self.opt), list(self.max)]
 
 
-def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
+def decoder_ranges(schedule: Schedule, limits: Limits, *, filled: bool = False) -> dict[str, ShapeRange]:
     """One joint range per decoder input, prefill and decode together; typical is a prefill with one image.
+
+    Args:
+        filled: of the graph without empty tensors (`trimvlm.filling`).
 
     Raises:
         UserError: a selection or skip stage over `limits.images` images exceeds TensorRT's TopK.
@@ -59,7 +65,7 @@ def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
     for stage, row in enumerate(schedule.stages):
         assert row.select
         keep = images * row.select.keep
-        if keep > limits.topk:
+        if keep + filled > limits.topk:
             raise UserError(
                 f"layer {row.layer}: select.keep: {images} images keep {keep} tokens, but TensorRT's TopK "
                 f"takes at most {limits.topk}; lower limits.images of the target"
@@ -69,7 +75,7 @@ def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
             ranges["router_scores"] = visual
     for stage, row in enumerate(schedule.skip_stages):
         # The graph finds the rows in skip mode by a TopK, and those that are not by another.
-        if images * max(row.skipped, row.live - row.skipped) > limits.topk:
+        if images * max(row.skipped, row.live - row.skipped) + filled > limits.topk:
             raise UserError(
                 f"layer {row.layer}: skip.stages: of {images} images {images * row.skipped} tokens skip and "
                 f"{images * (row.live - row.skipped)} do not, but TensorRT's TopK takes at most "
@@ -86,7 +92,37 @@ def decoder_ranges(schedule: Schedule, limits: Limits) -> dict[str, ShapeRange]:
             ranges[f"past_{half}.{row.layer}"] = _rows(
                 *((1, model.kv_heads, rows, model.head_dim) for rows in (0, 0, past))
             )
-    return ranges
+    return _filled(ranges) if filled else ranges
+
+
+def _filled(ranges: Mapping[str, ShapeRange]) -> dict[str, ShapeRange]:
+    """One row more where a filled graph has its filler row."""
+    found = {}
+    for name, shapes in ranges.items():
+        port = filled_name(name)
+        axis = INPUTS.get(port.partition(".")[0])
+        found[port] = ShapeRange(
+            **{
+                end: tuple(size + (n == axis) for n, size in enumerate(getattr(shapes, end)))
+                for end in ("min", "opt", "max")
+            }
+        )
+    return found
+
+
+def split(ranges: Mapping[str, ShapeRange]) -> tuple[dict[str, ShapeRange], dict[str, ShapeRange]]:
+    """Joint ranges of a decoder as two: of prefill, which has no past, and of decode, which has one text row.
+
+    Decode has the fewest visual rows that the joint ranges allow, and no forced indices.
+    """
+    prefill, decode = dict(ranges), dict(ranges)
+    for name, joint in ranges.items():
+        if name.startswith("past_"):
+            prefill[name] = ShapeRange(min=joint.min, opt=joint.min, max=joint.min)
+            decode[name] = ShapeRange(min=joint.min, opt=joint.max, max=joint.max)
+        else:  # one text row, no (or one) visual row
+            decode[name] = ShapeRange(min=joint.min, opt=joint.min, max=joint.min)
+    return prefill, decode
 
 
 def images_range(shape: tuple[int, ...], limits: Limits, *, one: bool) -> ShapeRange:
@@ -116,7 +152,7 @@ def router_ranges(model: ModelSpec, limits: Limits) -> dict[str, ShapeRange]:
     }
 
 
-def plain(ranges: dict[str, ShapeRange]) -> dict[str, list[list[int]]]:
+def plain(ranges: Mapping[str, ShapeRange]) -> dict[str, list[list[int]]]:
     """Ranges as a manifest holds them."""
     return {name: shape.plain() for name, shape in ranges.items()}
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from trimvlm import machine
+from trimvlm.backends.blocks import block_roles, part_of
 from trimvlm.bundle import Bundle, Engine, Entry, rebuild
 from trimvlm.errors import UserError
+from trimvlm.filling import is_filled
 from trimvlm.schedule import Schedule
+from trimvlm.target import numbers
 
 
 class Mismatch(NamedTuple):
@@ -33,6 +36,27 @@ def check_engine(bundle: Bundle, profile: str, engine: Engine) -> None:
         )
 
 
+def runs_on_version(backend: str, built: str, found: str, options: Mapping[str, Any]) -> bool:
+    """Whether a part that one version built runs on another.
+
+    Only on the very same, but for version-compatible plans of classic TensorRT: those run on what is newer
+    within the same major (https://docs.nvidia.com/deeplearning/tensorrt, Engine Compatibility; that page has
+    11 run those of 10 as well, which nobody here has seen).
+
+    Args:
+        options: of the part, from the Engine.
+    """
+    if built == found:
+        return True
+    old, new = numbers(built), numbers(found)
+    return (
+        backend == "tensorrt"
+        and options.get("version_compatible") is True
+        and old[:1] == new[:1]
+        and old <= new
+    )
+
+
 def _mismatches(bundle: Bundle, profile: str, engine: Engine) -> Iterator[Mismatch]:
     entry = bundle.manifest.profiles[profile]
     digest = bundle.profile(profile).digest
@@ -42,14 +66,22 @@ def _mismatches(bundle: Bundle, profile: str, engine: Engine) -> Iterator[Mismat
     if plans:
         yield from _of_machine(engine)
     graphs = _graphs(entry)
-    if set(engine.graphs) != set(graphs):
-        yield Mismatch("the list of its parts", ", ".join(engine.graphs), ", ".join(graphs))
+    blocks = block_roles(engine.graphs)
+    wanted = [role for role in graphs if role != "decoder" or not blocks] + _all_blocks(engine, blocks)
+    if set(engine.graphs) != set(wanted):
+        yield Mismatch("the list of its parts", ", ".join(engine.graphs), ", ".join(wanted))
         return
     for role, file in engine.graphs.items():
-        if plans or file not in graphs[role]:
-            yield from _of_plan(bundle, graphs[role], engine, role)
+        if plans or file not in graphs[part_of(role)]:
+            yield from _of_plan(bundle, graphs[part_of(role)], engine, role)
     if plans:
         yield from _of_ranges(Schedule.resolve(bundle.profile(profile), entry.model), engine)
+
+
+def _all_blocks(engine: Engine, found: list[str]) -> list[str]:
+    """Roles of all blocks that a decoder was cut into, of which these were found."""
+    counts = {engine.options.get(role, {}).get("split", {}).get("blocks", 0) for role in found}
+    return [f"decoder.{number}" for number in range(max(counts, default=0))]
 
 
 def _of_machine(engine: Engine) -> Iterator[Mismatch]:
@@ -57,7 +89,8 @@ def _of_machine(engine: Engine) -> Iterator[Mismatch]:
     version = machine.library_version(engine.backend)
     if version is None:
         return
-    if version != engine.version:
+    parts = engine.options.values() or [{}]
+    if not all(runs_on_version(engine.backend, engine.version, version, part) for part in parts):
         yield Mismatch(f"the version of {engine.backend}", engine.version, version)
     if (system := machine.system()) != engine.system:
         yield Mismatch("the operating system", engine.system, system)
@@ -82,14 +115,18 @@ def _of_plan(bundle: Bundle, graphs: list[str], engine: Engine, role: str) -> It
 
 def _of_ranges(schedule: Schedule, engine: Engine) -> Iterator[Mismatch]:
     """Inputs of the decoder, and that every layer has room for as much text after its visual rows."""
-    ranges = engine.options.get("decoder", {}).get("ranges", {})
+    ranges: dict[str, Any] = {}
+    for role, options in engine.options.items():
+        if part_of(role) == "decoder":
+            ranges |= options.get("ranges", {})
     pasts = {
         f"past_{half}.{row.layer}": row for half in ("key", "value") for row in schedule.rows if row.attends
     }
     if built := {name for name in ranges if name.startswith(("past_key", "past_value"))} ^ set(pasts):
         yield Mismatch("ranges", sorted(name for name in built if name in ranges), sorted(built & set(pasts)))
         return
-    images = ranges.get("visual", [[0], [0], [0]])[2][0] // schedule.visual_tokens
+    visual = ranges.get("visual", [[0], [0], [0]])[2][0] - is_filled(ranges)
+    images = visual // schedule.visual_tokens
     rooms = {name: ranges[name][2][2] - images * row.cached for name, row in pasts.items()}
     for name, room in rooms.items():
         wanted = next(iter(rooms.values()))

@@ -8,13 +8,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from fake_library import SYSTEM, VERSION, FakeLibrary, card, pretend, two_profiles
 
 from trimvlm import Session, machine
+from trimvlm.binding import check_engine, runs_on_version
 from trimvlm.bundle import Bundle
 from trimvlm.errors import UserError
+from trimvlm.target import PlanOptions
 from trimvlm_engines import build as build_module
+from trimvlm_engines import targets
 from trimvlm_tools.cli import main
 
 
@@ -62,6 +66,44 @@ def test_another_machine(
         Session.open(built, "toy", "rtx-4090")
     assert said in str(caught.value)
     assert f"trimvlm build {built} --target rtx-4090 --profile toy" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "built", "found", "runs"),
+    [
+        ("tensorrt", {}, "10.3.0", "10.3.0", True),
+        ("tensorrt", {}, "10.3.0", "10.3.1", False),
+        ("tensorrt", {"version_compatible": False}, "10.3.0", "10.4.0", False),
+        ("tensorrt", {"version_compatible": True}, "10.3.0", "10.16.1.11", True),
+        ("tensorrt", {"version_compatible": True}, "10.3.0", "10.3.0.30", True),
+        ("tensorrt", {"version_compatible": True}, "10.16.1.11", "10.3.0", False),  # older
+        ("tensorrt", {"version_compatible": True}, "10.3.0", "11.4.1", False),  # another major
+        ("tensorrt_rtx", {"version_compatible": True}, "1.7.1.116", "1.8.0", False),
+    ],
+)
+def test_which_version_runs_a_plan(
+    backend: str, options: dict[str, bool], built: str, found: str, runs: bool
+) -> None:
+    assert runs_on_version(backend, built, found, options) is runs
+
+
+def test_a_version_compatible_plan_opens_on_a_newer_minor_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = msgspec.structs.replace(
+        targets.load("rtx-4090-tensorrt"), plan=PlanOptions(version_compatible=True), versions=">=10.16"
+    )
+    pretend(monkeypatch, library_version="10.16.1")
+    monkeypatch.setattr(build_module, "open_library", lambda target: FakeLibrary(target, version="10.16.1"))
+    bundle = two_profiles(tmp_path / "bundle")
+    engine = build_module.build(bundle, target, "toy")
+    for version, fits in (("10.16.1", True), ("10.17.0", True), ("10.15.0", False), ("11.0.0", False)):
+        pretend(monkeypatch, library_version=version)
+        if fits:
+            check_engine(Bundle(bundle), "toy", engine)
+        else:
+            with pytest.raises(UserError, match=f"version of tensorrt is {version}, .* built for 10.16.1"):
+                check_engine(Bundle(bundle), "toy", engine)
 
 
 def test_a_plan_of_another_system_is_built_again(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,11 @@ from onnx import TensorProto, helper
 
 from trimvlm.bundle import Bundle, record, write_manifest
 from trimvlm.errors import UserError
+from trimvlm.target import PlanOptions
 from trimvlm_engines import targets
 from trimvlm_engines.build import build
-from trimvlm_engines.plan import NoFusedAttentionError, build_plan
+from trimvlm_engines.library import Work
+from trimvlm_engines.plan import NoFusedAttentionError, Recipe, build_plan
 from trimvlm_engines.shapes import ShapeRange
 from trimvlm_engines.tensorrt_rtx import TensorRtRtx
 
@@ -39,7 +41,8 @@ def plan_of(graph: Path, ranges: dict[str, ShapeRange], attention: str) -> bytes
     """Builds `graph` for SM 8.9."""
     library = TensorRtRtx(targets.load("rtx-4090"))
     sink = Memory()
-    build_plan(trt, graph, ranges, sink, attention=attention, configure=library._configure)  # type: ignore[arg-type]
+    work = Work(graph, ranges, "float32", sink=sink)
+    build_plan(trt, work, Recipe(attention, PlanOptions(), library._configure))  # type: ignore[arg-type]
     return sink.data
 
 
@@ -123,7 +126,7 @@ def test_plans_differ_by_card(exported: Path) -> None:
     plans = set()
     for name in ("rtx-3090", "rtx-4090", "rtx-5090"):
         sink = Memory()
-        TensorRtRtx(targets.load(name)).make(path, ranges, "float32", sink)
+        TensorRtRtx(targets.load(name)).make(Work(path, ranges, "float32", sink=sink))
         plans.add(sink.data)
     assert len(plans) == 3
 
@@ -185,7 +188,7 @@ def test_float32_attention_has_no_kernel_and_is_decomposed(tmp_path: Path) -> No
         plan_of(graph, ranges, "fused")
     assert plan_of(graph, ranges, "decomposed")
     sink = Memory()
-    assert TensorRtRtx(targets.load("rtx-4090")).make(graph, ranges, "float32", sink) == {
+    assert TensorRtRtx(targets.load("rtx-4090")).make(Work(graph, ranges, "float32", sink=sink)) == {
         "attention": "decomposed"
     }
     assert sink.data
@@ -195,7 +198,7 @@ def test_float32_attention_has_no_kernel_and_is_decomposed(tmp_path: Path) -> No
 def test_float16_attention_says_whether_it_is_fused(tmp_path: Path, head_dim: int, attention: str) -> None:
     graph, ranges = attention_graph(tmp_path / "a.onnx", np.float16, head_dim)
     sink = Memory()
-    assert TensorRtRtx(targets.load("rtx-4090")).make(graph, ranges, "float16", sink) == {
+    assert TensorRtRtx(targets.load("rtx-4090")).make(Work(graph, ranges, "float16", sink=sink)) == {
         "attention": attention
     }
     assert sink.data
@@ -217,7 +220,7 @@ def test_disk_that_fills_up(tmp_path: Path) -> None:
 
     graph, ranges = attention_graph(tmp_path / "a.onnx", np.float16, 64)
     with pytest.raises(OSError, match="No space left"):
-        TensorRtRtx(targets.load("rtx-4090")).make(graph, ranges, "float16", Full())
+        TensorRtRtx(targets.load("rtx-4090")).make(Work(graph, ranges, "float16", sink=Full()))
 
 
 def test_library_that_is_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
