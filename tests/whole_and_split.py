@@ -82,7 +82,8 @@ def _prompt(schedule: Schedule, images: int) -> tuple[Prompt, dict[str, Any]]:
     scores = random.random(rows, np.float32) if _routed(schedule) else None
     turns = None
     if schedule.model.mrope:
-        turns = Coordinates(np.stack([places[~visual]] * 3), np.stack([places[visual]] * 3), 0)
+        text, rows_of = (np.stack([places[rows]] * 3) for rows in (~visual, visual))
+        turns = Coordinates(text=text, visual=rows_of, lag=0)
     return prompt, prefill_inputs(
         prompt,
         random.normal(size=(rows, schedule.model.hidden)).astype(np.float32),

@@ -18,7 +18,7 @@ from types import TracebackType
 
 import msgspec
 
-from trimvlm.bundle import ENGINE, Bundle, Engine, Entry, File, Manifest
+from trimvlm.bundle import Bundle, Engine, Entry, File, Manifest
 from trimvlm.errors import UserError
 from trimvlm.files import is_whole
 from trimvlm.manifest import read_manifest
@@ -37,11 +37,11 @@ class PlanFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bytes = 0
-        self._part = path.with_name(f".{path.name}.part")
+        self.part = path.with_name(f".{path.name}.part")
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> PlanFile:
-        self._file = self._part.open("wb")
+        self._file = self.part.open("wb")
         return self
 
     def write(self, data: bytes | memoryview) -> int:
@@ -58,11 +58,11 @@ class PlanFile:
             os.fsync(self._file.fileno())
         self._file.close()
         if kind is not None:
-            self._part.unlink(missing_ok=True)
+            self.part.unlink(missing_ok=True)
 
     def move(self, folder: Path) -> File:
         """Gives the plan its name in a folder that will be published."""
-        self._part.replace(folder / self.path.name)
+        self.part.replace(folder / self.path.name)
         return self.file
 
     @property
@@ -72,7 +72,7 @@ class PlanFile:
 
     def discard(self) -> None:
         """Removes what was written and not published."""
-        self._part.unlink(missing_ok=True)
+        self.part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -142,8 +142,7 @@ def open_bundle(directory: Path) -> Bundle:
             file
             for entry in manifest.profiles.values()
             for engine in entry.engines.values()
-            for file in engine.graphs.values()
-            if file.endswith(ENGINE)
+            for file in engine.made
         }
         lost = {name for name in plans if not is_whole(directory / name, manifest.files[name])}
         if not lost:
@@ -162,5 +161,5 @@ def open_bundle(directory: Path) -> Bundle:
 
 
 def _without(entry: Entry, lost: set[str]) -> Entry:
-    kept = {t: engine for t, engine in entry.engines.items() if not lost & set(engine.graphs.values())}
+    kept = {target: engine for target, engine in entry.engines.items() if not lost & engine.made}
     return msgspec.structs.replace(entry, engines=kept)

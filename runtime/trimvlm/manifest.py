@@ -67,12 +67,12 @@ class Engine(Value, frozen=True, kw_only=True):
         compute_capability: SM of the GPU that its plans are for.
         system: operating system that its plans were built on, see `trimvlm.machine`; None where there are no
             plans.
-        graphs: role (`vision`, `projector`, `router`, `decoder`, or of blocks of layers `decoder.0`, ...) to the
+        graphs: role (`vision`, `projector`, `router`, `decoder`, of blocks of layers `decoder.0`, ...) to the
             file that the backend loads: a plan, or for ONNX Runtime the graph itself.
         profile_digest: `Profile.digest` at build time.
         options: by role, all that went into a file: graph and weights by their hashes, shape ranges, builder
-            options; of a plan also its own hash; `piece`: the graph that it was made of, where the build wrote
-            one (`trimvlm_engines.splitting`).
+            options; of a plan also its own hash; as `piece` the graph that it was made of, where the build
+            wrote one (`trimvlm_engines.splitting`).
         measured: bytes and seconds of the build.
     """
 

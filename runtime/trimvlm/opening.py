@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trimvlm.backends import Backend, load_backend
+from trimvlm.backends.blocks import Blocks, block_roles, part_of
 from trimvlm.binding import check_engine
 from trimvlm.bundle import Bundle, Engine
 from trimvlm.errors import UserError
@@ -25,7 +26,8 @@ def check_opening(bundle: Bundle, names: Iterable[str], target: str) -> None:
     members = [member for name in names for member in bundle.members(name)]
     chosen = {member: _graphs(bundle, member, target) for member in members}
     read = {file for _, graphs in chosen.values() for file in graphs.values()}
-    if any(library not in PLAN_LIBRARIES for library, _ in chosen.values()):  # graphs map the weights
+    graphs = any(library not in PLAN_LIBRARIES for library, _ in chosen.values())
+    if graphs or any("graphs" in _of_plans(bundle, member, target) for member in members):  # map the weights
         read.update(name for name in bundle.manifest.files if name.endswith(".safetensors"))
     bundle.check(read)
     for member in members:
@@ -56,11 +58,31 @@ def open_backends(
     found: dict[str, Backend] = {}
     for member in members:
         library, graphs = _graphs(bundle, member, target)
-        roles = ["decoder"] if found else list(graphs)
+        roles = [role for role in graphs if not found or part_of(role) == "decoder"]
         mapped = {"low_memory": True} if (shared or len(members) > 1) and library == "onnxruntime" else {}
         files = {role: bundle.path(graphs[role]) for role in roles}
-        found[member] = load_backend(library, files, {**mapped, **options})
+        given = {**mapped, **_of_plans(bundle, member, target), **options}
+        backend, blocks = load_backend(library, files, given), block_roles(roles)
+        found[member] = Blocks(backend, blocks) if blocks else backend
     return found
+
+
+def _of_plans(bundle: Bundle, name: str, target: str) -> dict[str, Any]:
+    """Options of the backend that follow from how a profile's plans were built."""
+    engine = bundle.manifest.profiles[name].engines.get(target)
+    if engine is None or engine.backend not in PLAN_LIBRARIES:
+        return {}
+    names = {file.sha256: each for each, file in bundle.manifest.files.items() if each.endswith(".onnx")}
+    graphs = {
+        role: bundle.path(options.get("piece") or names[options["graph"]])
+        for role, options in engine.options.items()
+        if options.get("stripped")
+    }
+    compatible = any(options.get("version_compatible") for options in engine.options.values())
+    return {
+        **({"graphs": graphs} if graphs else {}),
+        **({"version_compatible": True} if compatible else {}),
+    }
 
 
 def _graphs(bundle: Bundle, name: str, target: str) -> tuple[str, dict[str, str]]:
