@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -208,14 +209,18 @@ def _no_decoder(bundle: Bundle, entry: Entry, name: str, target: Target) -> User
     directory = bundle.directory
     if target.lowering not in entry.decoders:
         return UserError(
-            f"{directory}: profile {name} has no {target.lowering} decoder, which target {target.name} takes; "
-            "export it again"
+            f"{directory}: profile {name} has no {target.lowering} decoder, which target {target.name} "
+            "takes; export it again"
         )
-    checkpoint = directory / Path(bundle.manifest.text.tokenizer).parent
+    manifest = bundle.manifest
+    weights = "".join(manifest.files[file].sha256 for file in sorted(manifest.weights))
+    linked = hashlib.sha256(weights.encode()).hexdigest() == manifest.fingerprint  # not converted
+    checkpoint = directory / Path(manifest.text.tokenizer).parent if linked else "MODEL"
+    profile = "FILE" if entry.router else directory / entry.profile  # with its router's weights beside it
     return UserError(
         f"{directory}: profile {name} has no {target.lowering} decoder without empty tensors, which target "
         f"{target.name} asks for; add it on the workstation with trimvlm export {checkpoint} --profile "
-        f"{directory / entry.profile} --dtype {bundle.manifest.dtype} --out {directory} --no-empty-tensors"
+        f"{profile} --dtype {manifest.dtype} --out {directory} --no-empty-tensors"
     )
 
 

@@ -49,9 +49,14 @@ def is_filled(inputs: Mapping[str, Any]) -> bool:
     return FILLED in inputs
 
 
+def filled_name(name: str) -> str:
+    """An input's name in a filled decoder."""
+    return FILLED if name == POSITIONS else name
+
+
 def fill(feeds: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs of an ordinary decoder as those of a filled one; what is no array has its filler row already."""
-    ports = {FILLED if name == POSITIONS else name: value for name, value in feeds.items()}
+    ports = {filled_name(name): value for name, value in feeds.items()}
     return {name: _filled(name.partition(".")[0], value) for name, value in ports.items()}
 
 

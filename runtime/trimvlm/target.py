@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import Literal, get_args
 
-from trimvlm.bundle import Dtype, Lowering
+from trimvlm.bundle import DecoderGraph, Dtype, Lowering
 from trimvlm.errors import UserError
 from trimvlm.schedule_checks import TENSORRT_TOPK_LIMIT
 from trimvlm.value import Value
@@ -111,6 +111,8 @@ class Target(Value, frozen=True, kw_only=True):
         provider: of ONNX Runtime, what executes the graph; None for the others.
         versions: versions of the backend's library that are allowed, `>=10.3,<10.4` style.
         lowering: which decoder graph it takes.
+        empty_tensors: the library executes empty tensors; False: it takes the decoder graph that has none
+            (`trimvlm.filling`).
         dtypes: precisions it runs, best first.
         compute_capability: SM of the GPU, e.g. `8.9`; None where nothing is built for one.
         build_on_device: the plan must be built on this very device (classic TensorRT).
@@ -132,6 +134,7 @@ class Target(Value, frozen=True, kw_only=True):
     provider: Provider | None = None
     versions: str
     lowering: Lowering
+    empty_tensors: bool = True
     dtypes: tuple[Dtype, ...]
     compute_capability: str | None = None
     build_on_device: bool = False
@@ -207,6 +210,13 @@ class Target(Value, frozen=True, kw_only=True):
                 "use primitive"
             )
         return found
+
+    @property
+    def decoder(self) -> DecoderGraph:
+        """Which of a bundle's decoder graphs it takes."""
+        if self.lowering == "fused":
+            return "fused" if self.empty_tensors else "fused.filled"
+        return "primitive" if self.empty_tensors else "primitive.filled"
 
     def allows(self, version: str) -> bool:
         """Whether `version` of the backend's library (e.g. `10.3.0.30`) is within `versions`."""
