@@ -27,6 +27,24 @@ class Progress(NamedTuple):
 Watch = Callable[[Progress], None]
 
 
+class Share:
+    """How much of a build is done, from 0 to 1: each phase counts as one step of the phase around it."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self._levels: list[tuple[int, int]] = []  # done and total, outermost first
+
+    def __call__(self, progress: Progress) -> float:
+        """The share after this report; it never goes back, although phases may overlap."""
+        self._levels[progress.depth :] = [(progress.done, max(progress.total, 1))]
+        share, step = 0.0, 1.0
+        for done, total in self._levels:
+            step /= total
+            share += min(done, total) * step
+        self.value = max(self.value, min(share, 1.0))
+        return self.value
+
+
 class Interrupt:
     """Whether Ctrl-C was pressed; asked from any thread."""
 
