@@ -7,28 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from method_decisions import LAYERS, METHODS
 from tiny_models import tiny_bundle
-
-from trimvlm.profile import Decisions, LayerRule, Select
-from trimvlm.rules import LastRowAttention
-
-LAYERS, TOKENS = 5, 16
-
-_LATE = LayerRule(layers=(3, 4), query="none")
-_FASTV = Select(layer=2, keep=TOKENS // 2, by=LastRowAttention(attention="previous"))
-_OWN = LastRowAttention(attention="own")
-
-METHODS = {
-    "dense": Decisions(),
-    "v-skip": Decisions(layers=(_LATE,)),
-    "fastv": Decisions(select=(_FASTV,)),
-    "vtw": Decisions(exit=3),
-    "shortv": Decisions(layers=(LayerRule(layers=(3, 4), query="none", ffn="none"),)),
-    "hidivdrop": Decisions(
-        inject=1, exit=4, select=(Select(layer=2, keep=8, by=_OWN), Select(layer=3, keep=3, by=_OWN))
-    ),
-    "fastv+v-skip": Decisions(select=(_FASTV,), layers=(_LATE,)),
-}
 
 
 @pytest.fixture(scope="session")
