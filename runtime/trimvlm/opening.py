@@ -27,7 +27,7 @@ def check_opening(bundle: Bundle, names: Iterable[str], target: str) -> None:
     chosen = {member: _graphs(bundle, member, target) for member in members}
     read = {file for _, graphs in chosen.values() for file in graphs.values()}
     graphs = any(library not in PLAN_LIBRARIES for library, _ in chosen.values())
-    if graphs or any("graphs" in _of_plans(bundle, member, target) for member in members):  # map the weights
+    if graphs or any("graphs" in _of_engine(bundle, member, target) for member in members):  # map the weights
         read.update(name for name in bundle.manifest.files if name.endswith(".safetensors"))
     bundle.check(read)
     for member in members:
@@ -61,17 +61,24 @@ def open_backends(
         roles = [role for role in graphs if not found or part_of(role) == "decoder"]
         mapped = {"low_memory": True} if (shared or len(members) > 1) and library == "onnxruntime" else {}
         files = {role: bundle.path(graphs[role]) for role in roles}
-        given = {**mapped, **_of_plans(bundle, member, target), **options}
+        given = {**mapped, **_of_engine(bundle, member, target), **options}
         backend, blocks = load_backend(library, files, given), block_roles(roles)
         found[member] = Blocks(backend, blocks) if blocks else backend
     return found
 
 
-def _of_plans(bundle: Bundle, name: str, target: str) -> dict[str, Any]:
-    """Options of the backend that follow from how a profile's plans were built."""
+def _of_engine(bundle: Bundle, name: str, target: str) -> dict[str, Any]:
+    """Options of the backend that follow from what a profile was built for, and how."""
     engine = bundle.manifest.profiles[name].engines.get(target)
-    if engine is None or engine.backend not in PLAN_LIBRARIES:
+    if engine is None:
         return {}
+    if engine.backend not in PLAN_LIBRARIES:
+        return {
+            key: each
+            for options in engine.options.values()
+            for key, each in options.items()
+            if key == "provider"
+        }
     names = {file.sha256: each for each, file in bundle.manifest.files.items() if each.endswith(".onnx")}
     graphs = {
         role: bundle.path(options.get("piece") or names[options["graph"]])

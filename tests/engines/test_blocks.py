@@ -33,7 +33,6 @@ OTHERS = {
         skip=SkipMode(stages=(SkipStage(layer=1, count=2), SkipStage(layer=2, count=5))),
         layers=(LayerRule(layers=(1, 3), query="unskipped"), LayerRule(layers=(2, 4), ffn="unskipped")),
     ),
-    "router": Decisions(select=(Select(layer=2, keep=5, by=RouterScores()),)),
     "masked": Decisions(
         mask="post_softmax",
         exit=4,
@@ -44,6 +43,7 @@ OTHERS = {
         positions="compact",
         select=(
             Select(layer=1, keep=8, by=LastRowAttention(attention="own")),
+            Select(layer=3, keep=5, by=RouterScores()),
             Select(layer=4, keep=2, by=TextAttention()),
         ),
     ),
@@ -52,7 +52,7 @@ OTHERS = {
         layers=(LayerRule(layers=(3,), execute="decode"), LayerRule(layers=(1,), execute="none")),
     ),
 }
-RANDOM = 4
+RANDOM = 2
 
 
 def split(graph: Path, schedule: Schedule, **limits: int) -> list[Piece]:
