@@ -128,7 +128,7 @@ class Device:
             return allocation
         if any(base <= address < base + length for base, length in self._freed):
             raise RefusedError(f"{what}: {address:#x} is used after it was freed")
-        if address < FIRST:
+        if any(0 <= address - each.base < each.size for each in self.host.values()):
             raise RefusedError(f"{what}: {address:#x} is an address of the host, not of the device")
         raise RefusedError(f"{what}: nothing was allocated at {address:#x}")
 

@@ -193,7 +193,7 @@ class Context:
             raise RefusedError("this context has memory of its own")
         if size < self.engine.device_memory_size_v2:
             raise RefusedError(
-                f"{size} bytes of device memory, but it needs {self.engine.device_memory_size_v2}"
+                f"{size} bytes of device memory, but the context needs {self.engine.device_memory_size_v2}"
             )
         if memory % 256:
             raise RefusedError(f"{memory:#x} is not aligned to 256")
