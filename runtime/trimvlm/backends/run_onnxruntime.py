@@ -1,7 +1,6 @@
 """ONNX Runtime: the exported graph itself runs, nothing is built.
 
-On the CPU, or through the providers for CUDA and TensorRT-RTX, which were never run on a GPU here. One way
-for all: inputs and outputs are bound, and what a run keeps stays where the provider computes.
+On the CPU, or through the providers for CUDA and TensorRT-RTX, which were never run on a GPU here.
 """
 
 from __future__ import annotations
@@ -91,7 +90,6 @@ class OnnxRuntimeBackend:
         self.options = options
         self.provider = provider
         self.device = device
-        self.memory = "cpu" if provider == CPU else "cuda"
         self.sessions: dict[str, Any] = {}
         self.ports: dict[str, tuple[dict[str, Port], dict[str, Port]]] = {}
 
@@ -129,20 +127,33 @@ class OnnxRuntimeBackend:
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         check_feeds(self.inputs(role), arrays)
         values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-        binding = self.sessions[role].io_binding()
-        for name, value in {**feeds, **values}.items():
-            binding.bind_ortvalue_input(name, value)  # copies to the device what is on the host
-        for name in fetch:
-            binding.bind_output(name)
-        for name in keep:
-            binding.bind_output(name, self.memory, self.device if self.memory != "cpu" else 0)
         once: Any = getattr(onnxruntime, "RunOptions")()  # noqa: B009 its stubs do not name it
         if role == "vision" and self.provider in ARENAS:  # its scratch memory is of no use to the decoder
             arena = ARENAS[self.provider].format(self.device)
             once.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
-        self.sessions[role].run_with_iobinding(binding, once)
-        results = dict(zip([*fetch, *keep], binding.get_outputs(), strict=True))
-        return {name: result.numpy() if name in fetch else result for name, result in results.items()}
+        session, names = self.sessions[role], [*fetch, *keep]
+        if self.provider == CPU:  # without the 10 microseconds that binding costs each input and output
+            results = session.run_with_ort_values(names, {**feeds, **values}, once)
+        else:
+            results = self._bound(session, {**feeds, **values}, fetch, keep, once)
+        return {
+            name: result.numpy() if name in fetch else result
+            for name, result in zip(names, results, strict=True)
+        }
+
+    def _bound(
+        self, session: Any, feeds: Mapping[str, Any], fetch: Sequence[str], keep: Sequence[str], once: Any
+    ) -> Sequence[Any]:
+        """Outputs of a run; what is kept is left in the device's memory."""
+        binding = session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)  # copies to the device what is on the host
+        for name in fetch:
+            binding.bind_output(name)
+        for name in keep:
+            binding.bind_output(name, "cuda", self.device)
+        session.run_with_iobinding(binding, once)
+        return binding.get_outputs()
 
     def _load(self, role: str, path: Path) -> Any:
         import onnxruntime
