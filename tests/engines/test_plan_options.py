@@ -1,4 +1,4 @@
-"""Split ranges, plans without weights, and the cost of a build in its manifest; by TensorRT-RTX, without a GPU."""
+"""Split ranges, stripped plans, and the cost of a build in its manifest: by TensorRT-RTX, without a GPU."""
 
 from __future__ import annotations
 
