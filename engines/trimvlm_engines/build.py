@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -12,53 +11,23 @@ from typing import Any, Literal, NamedTuple
 
 from trimvlm import machine
 from trimvlm.binding import runs_on_version
-from trimvlm.bundle import Bundle, Engine, Entry, Manifest
+from trimvlm.bundle import Bundle, Engine, Manifest
 from trimvlm.errors import UserError
-from trimvlm.images import pixel_shape
-from trimvlm.schedule import Schedule
 from trimvlm.target import Target, numbers
-from trimvlm.value import Value
 from trimvlm_engines import record, targets
 from trimvlm_engines.library import Library, Work, open_library
 from trimvlm_engines.memory import Peak
+from trimvlm_engines.parts import Part, Role, parts
 from trimvlm_engines.progress import Progress
-from trimvlm_engines.shapes import (
-    ShapeRange,
-    decoder_ranges,
-    features_range,
-    images_range,
-    plain,
-    router_ranges,
-    split,
-)
-from trimvlm_engines.splitting import pieces
+from trimvlm_engines.shapes import plain
+
+__all__ = ["Made", "Part", "Role", "build", "check", "find", "make", "parts", "wanted_options"]
 
 log = logging.getLogger(__name__)
 
-Role = str  # `vision`, `projector`, `router`, `decoder`, or of blocks of layers `decoder.0`, ...
 State = Literal["building", "built", "up to date"]
 Tell = Callable[[Role, State], None]
 Watch = Callable[[Role, Progress], None]
-
-
-class Part(Value, frozen=True, kw_only=True):
-    """One graph to build.
-
-    Attributes:
-        graph: file of the graph in the bundle.
-        made: the graph, where the build makes it (`trimvlm_engines.splitting`).
-        plan: file that the plan gets.
-        ranges: shape ranges of its inputs.
-        sources: hashes of everything that goes into it.
-        phases: ranges of prefill and of decode, where the target wants them split.
-    """
-
-    graph: str
-    made: bytes | None = None
-    plan: str
-    ranges: dict[str, ShapeRange]
-    sources: dict[str, Any]
-    phases: tuple[dict[str, ShapeRange], ...] = ()
 
 
 class Made(NamedTuple):
@@ -147,81 +116,6 @@ def check(bundle: Bundle, target: Target) -> None:
             f"{bundle.directory}: {weights / 2**30:.1f} GiB of weights do not fit target {target.name} with "
             f"{target.memory_gb:g} GB; choose a larger target, a smaller model or export in float16"
         )
-
-
-def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role, Part]:
-    """What has to be built for one profile. Profiles that share a graph share its plan."""
-    manifest = bundle.manifest
-    profile = bundle.profile(name)
-    schedule = Schedule.resolve(profile, entry.model)
-    decoder = entry.decoders.get(target.decoder)
-    if decoder is None:
-        raise _no_decoder(bundle, entry, name, target)
-    weights = {file: manifest.files[file].sha256 for file in manifest.weights}
-    pixels = pixel_shape(manifest.image, entry.model.grid)
-    found: dict[Role, Part] = {
-        "vision": Part(
-            graph=entry.vision,
-            plan=f"{Path(entry.vision).stem}.{target.name}.engine",
-            ranges={"pixel_values": images_range(pixels, target.limits, one=entry.model.grid is not None)},
-            sources={"graph": manifest.files[entry.vision].sha256, "weights": weights},
-        ),
-    }
-    if entry.projector:
-        rows = entry.tower.views * entry.tower.patches  # not the profile's fewer: the plan is shared
-        found["projector"] = Part(
-            graph=entry.projector,
-            plan=f"{Path(entry.projector).stem}.{target.name}.engine",
-            ranges={"features": features_range(rows, entry.tower.width, target.limits)},
-            sources={"graph": manifest.files[entry.projector].sha256, "weights": weights},
-        )
-    if entry.router:
-        stored = str(Path(entry.router).with_suffix(".safetensors"))
-        found["router"] = Part(
-            graph=entry.router,
-            plan=f"{Path(entry.router).stem}.{target.name}.engine",
-            ranges=router_ranges(entry.model, target.limits),
-            sources={
-                "graph": manifest.files[entry.router].sha256,
-                "weights": {**weights, stored: manifest.files[stored].sha256},
-            },
-        )
-    ranges = decoder_ranges(schedule, target.limits, filled=not target.empty_tensors)
-    phases = split(ranges) if target.ranges == "split" else ()
-    for piece in pieces(bundle.path(decoder), target.limits, ranges, phases):
-        found[piece.role] = Part(
-            graph=f"{name}.{target.name}.{piece.role}.onnx" if piece.graph else decoder,
-            made=piece.graph,
-            plan=f"{name}.{target.name}.{piece.role}.engine",
-            ranges=piece.ranges,
-            phases=piece.phases,
-            sources={
-                "graph": manifest.files[decoder].sha256,
-                "weights": weights,
-                "profile": profile.digest,
-                **piece.how,
-            },
-        )
-    return found
-
-
-def _no_decoder(bundle: Bundle, entry: Entry, name: str, target: Target) -> UserError:
-    directory = bundle.directory
-    if target.lowering not in entry.decoders:
-        return UserError(
-            f"{directory}: profile {name} has no {target.lowering} decoder, which target {target.name} "
-            "takes; export it again"
-        )
-    manifest = bundle.manifest
-    weights = "".join(manifest.files[file].sha256 for file in sorted(manifest.weights))
-    linked = hashlib.sha256(weights.encode()).hexdigest() == manifest.fingerprint  # not converted
-    checkpoint = directory / Path(manifest.text.tokenizer).parent if linked else "MODEL"
-    profile = "FILE" if entry.router else directory / entry.profile  # with its router's weights beside it
-    return UserError(
-        f"{directory}: profile {name} has no {target.lowering} decoder without empty tensors, which target "
-        f"{target.name} asks for; add it on the workstation with trimvlm export {checkpoint} --profile "
-        f"{profile} --dtype {manifest.dtype} --out {directory} --no-empty-tensors"
-    )
 
 
 def wanted_options(part: Part, library: Library) -> dict[str, Any]:

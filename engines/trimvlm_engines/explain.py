@@ -17,7 +17,8 @@ from trimvlm.bundle import Bundle
 from trimvlm.errors import UserError
 from trimvlm.target import Target
 from trimvlm_engines import targets, versions
-from trimvlm_engines.build import Part, check, parts
+from trimvlm_engines.build import check
+from trimvlm_engines.parts import Part, parts
 from trimvlm_engines.shapes import ShapeRange
 
 RTX_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX=1"

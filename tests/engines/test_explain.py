@@ -19,8 +19,8 @@ from trimvlm.errors import UserError
 from trimvlm.manifest import read_manifest
 from trimvlm.target import PlanOptions, Target
 from trimvlm_engines import targets
-from trimvlm_engines.build import parts
 from trimvlm_engines.explain import Command, explain
+from trimvlm_engines.parts import parts
 from trimvlm_tools.cli import main
 
 CARD, CLASSIC = "rtx-4090", "rtx-4090-tensorrt"
