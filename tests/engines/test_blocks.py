@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from random import Random
 
 import onnx
 import pytest
-from engines.conftest import LAYERS, METHODS
+from method_decisions import LAYERS, METHODS
 from random_decisions import random_decisions
 from tiny_models import tiny_llava
 from whole_and_split import assert_same_answers
@@ -47,12 +48,12 @@ OTHERS = {
             Select(layer=4, keep=2, by=TextAttention()),
         ),
     ),
-    "inside": Decisions(
-        select=(Select(layer=2, keep=8, by=CrossAndSelfAttention()),),
-        layers=(LayerRule(layers=(3,), execute="decode"), LayerRule(layers=(1,), execute="none")),
+    "gap": Decisions(
+        select=(Select(layer=1, keep=8, by=CrossAndSelfAttention()),),
+        layers=(LayerRule(layers=(4,), execute="decode"), LayerRule(layers=(2, 3), execute="none")),
     ),
 }
-RANDOM = 2
+RANDOM = int(os.environ.get("TRIMVLM_GRAPHS", "0"))
 
 
 def split(graph: Path, schedule: Schedule, **limits: int) -> list[Piece]:
@@ -82,12 +83,15 @@ def test_methods(exported: Path, method: str, lowering: str) -> None:
 
 @pytest.mark.parametrize("case", [*OTHERS, *range(RANDOM)])
 def test_every_kind_of_schedule(source: Source, case: str | int) -> None:
+    """Also random ones, as many as `TRIMVLM_GRAPHS` says: tracing one takes seconds."""
     spec = model_spec(source.out.parent / "checkpoint")
     decisions = OTHERS[case] if isinstance(case, str) else random_decisions(Random(case), spec)
     schedule = resolve(decisions, spec)
     for name in export_decoder(source, f"case-{case}", schedule).values():
         graph = source.out / name
-        assert_same_answers(graph, split(graph, schedule, layers_per_engine=2), schedule, images=2)
+        pairs = split(graph, schedule, layers_per_engine=2)
+        assert_same_answers(graph, pairs, schedule, images=2)
+        assert len(pairs) == 2 or case != "gap"  # layers that are not executed make no block
         both = split(graph, schedule, layers_per_engine=1, lm_head_columns=24)
         assert_same_answers(graph, both, schedule)
 
@@ -135,13 +139,3 @@ def test_graph_that_says_no_type_where_it_is_cut(exported: Path) -> None:
     del model.graph.value_info[:]
     with pytest.raises(UserError, match=r"does not say the type of \w+.*; export it again"):
         cut(model, 2)
-
-
-def test_layers_that_are_not_executed_make_no_block(source: Source) -> None:
-    spec = model_spec(source.out.parent / "checkpoint")
-    schedule = resolve(Decisions(layers=(LayerRule(layers=(2, 3), execute="none"),)), spec)
-    graph = source.out / export_decoder(source, "gap", schedule)["fused"]
-    blocks = split(graph, schedule, layers_per_engine=2)
-    assert [piece.role for piece in blocks] == ["decoder.0", "decoder.1"]
-    assert_same_answers(graph, blocks, schedule)
-    assert {piece.how["split"]["blocks"] for piece in blocks} == {2}
