@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from enum import IntEnum
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -53,6 +54,7 @@ class Runtime:
         if not (isinstance(logger, ILogger) and logger.initialised):
             raise TypeError("the logger's __init__ does not call ILogger.__init__")
         self._standin, self._name, self._logger = standin, name, logger
+        self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, plan: Any) -> engine.Engine | None:
         """An engine, or None after the reason has been logged: as the real one."""
@@ -62,6 +64,8 @@ class Runtime:
         found = json.loads(data[len(MAGIC) :].split(b"\n", 1)[0])
         if (found["library"], found["version"]) != (self._name, VERSIONS[self._name]):
             return self._refuse("The engine plan file is not compatible with this version of TensorRT")
+        if found["version_compatible"] and not self.engine_host_code_allowed:
+            return self._refuse("The engine has host code, which engine_host_code_allowed does not admit")
         if standin.device.used + found["weights"] > standin.device.memory:
             return self._refuse("Error Code 2: OutOfMemory (Requested size was not available)")
         return engine.Engine(
@@ -80,7 +84,7 @@ class StandIn:
         hides_shapes: get_tensor_shape leaves out what is not fixed, as in TensorRT issue 4744.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, *, memory: int = 1 << 30, capability: str = "8.7") -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, *, memory: int = 1 << 30, capability: str = "8.9") -> None:
         self.device = Device(memory)
         self.cuda = Cudart(self.device, "cuda.bindings.runtime")
         self.hides_shapes = False
@@ -89,8 +93,18 @@ class StandIn:
         packages = {name: ModuleType(name) for name in ("cuda", "cuda.bindings")}
         for name, module in {**packages, "cuda.bindings.runtime": self.cuda}.items():
             patch.setitem(sys.modules, name, module)
-        patch.setattr(machine, "compute_capability", lambda: capability)
+        self._capability = capability
+        patch.setattr(machine, "compute_capability", lambda: self._capability)
         patch.setattr(build, "open_library", lambda target: StandInLibrary(target, VERSIONS[target.backend]))
+
+    def at(self, capability: str) -> None:
+        """Makes the GPU one of another SM."""
+        self._capability = capability
+
+    def loaded(self) -> list[str]:
+        """Names of the graphs whose engines are on the device."""
+        weights = [each.what for each in self.device.device.values() if each.what.startswith("weights of ")]
+        return sorted(Path(what).name for what in weights)
 
     def _module(self, name: str) -> ModuleType:
         module: Any = ModuleType(name)
@@ -99,6 +113,7 @@ class StandIn:
         module.Runtime = lambda logger: Runtime(self, name, logger)
         for each in ("TensorIOMode", "TensorLocation", "DataType", "ExecutionContextAllocationStrategy"):
             setattr(module, each, getattr(engine, each))
+        module.Refitter, module.OnnxParserRefitter = engine.Refitter, engine.OnnxParserRefitter
         if name == "tensorrt_rtx":
             module.CudaGraphStrategy = engine.CudaGraphStrategy
         return module

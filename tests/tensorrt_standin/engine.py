@@ -7,9 +7,11 @@ Shapes of outputs come from a run on zeros, since an engine must know them befor
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +101,7 @@ class Engine:
         self.num_io_tensors = len(self._graph.inputs) + len(self._graph.outputs)
         self.num_optimization_profiles = len(self._ranges)
         self.device_memory_size_v2: int = plan["scratch"]
+        self.weightless: bool = plan["stripped"]
         if rtx:
             self.create_runtime_config = lambda: RuntimeConfig(plan)
 
@@ -126,6 +129,8 @@ class Engine:
     def create_execution_context(self, strategy: Any = None, *, runtime_config: Any = None) -> Context:
         if (strategy is None) == (runtime_config is None):
             raise RefusedError("a context takes a strategy or a runtime config")
+        if self.weightless:
+            raise RefusedError("the plan has no weights, and none were put in")
         return Context(self, strategy or runtime_config.strategy, runtime_config)
 
     def _range(self, number: int) -> dict[str, Any]:
@@ -187,6 +192,11 @@ class Context:
     def get_tensor_strides(self, name: str) -> Dims:
         shape = self.engine._graph.shapes(self._shapes)[name]
         return Dims(np.cumprod([1, *shape[:0:-1]])[::-1])
+
+    def get_max_output_size(self, name: str) -> int:
+        largest = {each: tuple(shapes[2]) for each, shapes in self.engine._range(self._range).items()}
+        shape = self.engine._graph.shapes(largest)[name]
+        return int(np.prod(shape, dtype=np.int64)) * self.engine._graph.dtype(name).itemsize
 
     def set_device_memory(self, memory: int, size: int) -> None:
         if not self._managed:
@@ -281,6 +291,29 @@ class RuntimeCache:
             return False
         self.kernels.update(kernels)
         return True
+
+
+class Refitter:
+    """`trt.Refitter`."""
+
+    def __init__(self, engine: Engine, logger: Any) -> None:
+        self.engine, self.found = engine, False
+
+    def refit_cuda_engine(self) -> bool:
+        self.engine.weightless = self.engine.weightless and not self.found
+        return self.found
+
+
+class OnnxParserRefitter:
+    """`trt.OnnxParserRefitter`: takes the very graph that the plan was built from."""
+
+    def __init__(self, refitter: Refitter, logger: Any) -> None:
+        self.refitter = refitter
+
+    def refit_from_file(self, path: str) -> bool:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self.refitter.found = digest == self.refitter.engine._plan["sha256"]
+        return self.refitter.found
 
 
 def _read(name: str, memory: Any, shape: tuple[int, ...], size: int, dtype: np.dtype) -> np.ndarray:

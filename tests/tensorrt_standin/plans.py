@@ -26,6 +26,8 @@ def write_plan(
     *,
     library: str,
     version: str,
+    stripped: bool = False,
+    version_compatible: bool = False,
 ) -> bytes:
     """A plan.
 
@@ -40,14 +42,21 @@ def write_plan(
     plan = {
         "library": library,
         "version": version,
-        "graph": str(graph.resolve()),
+        "graph": str(_published(graph.resolve())),
         "sha256": hashlib.sha256(graph.read_bytes()).hexdigest(),
         "ranges": ranges,
         "weights": weights + 1,
         "scratch": SCRATCH,
+        "stripped": stripped,
+        "version_compatible": version_compatible,
     }
     # The weights' bytes, as zeros: a plan is about as large as what it holds.
-    return MAGIC + json.dumps(plan).encode() + b"\n" + bytes(weights)
+    return MAGIC + json.dumps(plan).encode() + b"\n" + bytes(0 if stripped else weights)
+
+
+def _published(graph: Path) -> Path:
+    """Where a graph will be: one that the build writes gets its name when the build is done."""
+    return graph.with_name(graph.name[1:].removesuffix(".part")) if graph.suffix == ".part" else graph
 
 
 class StandInLibrary:
@@ -62,5 +71,13 @@ class StandInLibrary:
     def make(self, work: Work) -> dict[str, Any]:
         assert work.sink is not None
         plain = [{name: each.plain() for name, each in one.items()} for one in work.phases or [work.ranges]]
-        work.sink.write(write_plan(work.graph, plain, library=self.target.backend, version=self.version))
+        plan = write_plan(
+            work.graph,
+            plain,
+            library=self.target.backend,
+            version=self.version,
+            stripped=self.target.plan.stripped,
+            version_compatible=self.target.plan.version_compatible,
+        )
+        work.sink.write(plan)
         return {"attention": self.target.lowering}

@@ -97,14 +97,14 @@ class LoadedPlan:
             self.library.leave_context(self._context, self.path)
         self._context = self._engine = None  # in this order, since a context refers to its engine
 
-    def set_shapes(self, shapes: Mapping[str, Shape], stream: int) -> dict[str, Shape]:
+    def set_shapes(self, shapes: Mapping[str, Shape], stream: int) -> dict[str, Shape | None]:
         """Sets the shapes of all inputs, and the set of ranges that admits them.
 
         Returns:
-            Shapes of all outputs.
+            Shapes of all outputs; None where the engine does not say one.
 
         Raises:
-            UserError: no range admits them, see `choose`, or the engine does not say what comes out.
+            UserError: no range admits them, see `choose`.
         """
         wanted = choose(self.role, self.ranges, shapes)
         if wanted != self._range:
@@ -121,14 +121,26 @@ class LoadedPlan:
         assert not missing, f"{self.role}: {missing} have no shape"
         return {name: self._shape(name) for name in self.outputs}
 
-    def largest(self, stream: int) -> dict[str, Shape]:
-        """Shapes of the outputs for the largest inputs of any set of ranges."""
-        found: dict[str, Shape] = {}
+    def bytes(self, name: str, shape: Shape | None) -> int:
+        """Of an output of the run whose shapes were set; the most it can have where its shape is not said.
+
+        Raises:
+            UserError: the engine does not say that either.
+        """
+        if shape is not None:
+            return self.outputs[name].bytes(shape)
+        size = self._context.get_max_output_size(name)
+        if size < 0:
+            raise self.unsaid(name)
+        return size
+
+    def largest(self, stream: int) -> dict[str, int]:
+        """Bytes of the outputs for the largest inputs of any set of ranges."""
+        found: dict[str, int] = {}
         for ranges in self.ranges:
             shapes = self.set_shapes({name: each.max for name, each in ranges.items()}, stream)
             for name, shape in shapes.items():
-                tensor = self.outputs[name]
-                found[name] = max(shape, found.get(name, shape), key=tensor.bytes)
+                found[name] = max(self.bytes(name, shape), found.get(name, 0))
         return found
 
     def run(self, addresses: Mapping[str, int], scratch: int, size: int, stream: int) -> None:
@@ -178,7 +190,14 @@ class LoadedPlan:
         low, _, high = self._engine.get_tensor_profile_shape(name, number)
         return Range(tuple(low), tuple(high))
 
-    def _shape(self, name: str) -> Shape:
+    def unsaid(self, name: str) -> UserError:
+        """What to raise where the shape of an output must be known, and is not."""
+        return self._refused(
+            f"does not say what shape {name} has",
+            "use another version of it (github.com/NVIDIA/TensorRT/issues/4744)",
+        )
+
+    def _shape(self, name: str) -> Shape | None:
         """Of an output. TensorRT 10.16 on Thor was seen to leave out sizes that follow from its strides
         (github.com/NVIDIA/TensorRT/issues/4744)."""
         shape = list(self._context.get_tensor_shape(name))
@@ -187,12 +206,7 @@ class LoadedPlan:
             for axis, size in enumerate(shape):
                 if size < 0 and axis and strides[axis] > 0 and strides[axis - 1] > 0:
                     shape[axis] = strides[axis - 1] // strides[axis]
-        if -1 in shape:
-            raise self._refused(
-                f"does not say what shape {name} has",
-                "use another version of it (github.com/NVIDIA/TensorRT/issues/4744)",
-            )
-        return tuple(shape)
+        return None if -1 in shape else tuple(shape)
 
     def _must(self, done: bool, what: str) -> None:
         if not done:

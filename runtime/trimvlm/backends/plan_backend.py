@@ -96,16 +96,21 @@ class PlanBackend:
         self, role: str, feeds: Mapping[str, Any], fetch: Sequence[str], keep: Sequence[str] = ()
     ) -> dict[str, Any]:
         plan = self._ready(role)
+        # TensorRT drops inputs that nothing depends on.
+        feeds = {name: value for name, value in feeds.items() if name in plan.inputs}
         arrays = {name: value for name, value in feeds.items() if not isinstance(value, Kept)}
         check_feeds(self.inputs(role), arrays)
         assert feeds.keys() == plan.inputs.keys(), f"{role} wants {sorted(plan.inputs)}, not {sorted(feeds)}"
         shapes = {name: tuple(value.shape) for name, value in feeds.items()}
         results = plan.set_shapes(shapes, int(self._stream))
+        known = {name: shape for name, shape in results.items() if shape is not None}
+        for name in {*fetch, *keep} - known.keys():
+            raise plan.unsaid(name)
         with self._leased(role, plan, feeds, results) as leases:
             scratch = self._scratch.take(plan.scratch)
             try:
                 addresses = {name: lease.address for name, lease in leases.items()}
-                fetched = {name: results[name] for name in fetch}
+                fetched = {name: known[name] for name in fetch}
                 found = self._execute(plan, arrays, addresses, fetched, scratch)
             except BaseException:
                 self._cuda.settle(self._stream)  # before buffers that are queued for are used again
@@ -113,7 +118,7 @@ class PlanBackend:
             finally:
                 scratch.release()
             for name in keep:
-                found[name] = Kept(leases.pop(name), plan.outputs[name].port.dtype, results[name])
+                found[name] = Kept(leases.pop(name), plan.outputs[name].port.dtype, known[name])
         return found
 
     def _execute(
@@ -145,7 +150,7 @@ class PlanBackend:
 
     @contextmanager
     def _leased(
-        self, role: str, plan: LoadedPlan, feeds: Mapping[str, Any], results: Mapping[str, Shape]
+        self, role: str, plan: LoadedPlan, feeds: Mapping[str, Any], results: Mapping[str, Shape | None]
     ) -> Iterator[dict[str, Lease]]:
         """Buffers of all tensors of a run. What is left in the dictionary at the end goes back."""
         leases: dict[str, Lease] = {}
@@ -160,10 +165,10 @@ class PlanBackend:
                     size = plan.inputs[name].bytes(value.shape)
                     leases[name] = self._pool(role, name).take(size)
             for name, shape in results.items():
-                size, pool = plan.outputs[name].bytes(shape), self._pool(role, name)
+                size, pool = plan.bytes(name, shape), self._pool(role, name)
                 if name.startswith(_PRESENT) and size > pool.size:
                     raise UserError(
-                        f"the {role} engine has no room for {name} of {list(shape)}; ask for less, or build "
+                        f"the {role} engine has no room for {size} bytes of {name}; ask for less, or build "
                         f"it for a target with larger {limit(_PAST)}"
                     )
                 leases[name] = pool.take(size)
@@ -201,10 +206,10 @@ class PlanBackend:
             pool.size = max(pool.size, aligned(max(sizes)))
             if not name.startswith(CARRIED):  # those arrive in the buffer that an earlier block wrote
                 pool.reserve(2 if name.startswith(_PAST) else 1)
-        for name, shape in plan.largest(int(self._stream)).items():
+        for name, size in plan.largest(int(self._stream)).items():
             if not name.startswith(_PRESENT):
                 pool = self._pool(role, name)
-                pool.size = max(pool.size, aligned(plan.outputs[name].bytes(shape)))
+                pool.size = max(pool.size, aligned(size))
                 pool.reserve(1)
         self._scratch.size = max(self._scratch.size, aligned(plan.scratch))
         self._scratch.take(plan.scratch).release()
