@@ -26,6 +26,7 @@ VERBS = {
     "demo": "calibrate, export, build, run and check the demo model with seven methods; one table",
     "calibrate": "make a pruning profile for a model from samples",
     "export": "write a model and its profiles as a bundle of ONNX graphs",
+    "fit": "predict memory and times of a bundle on a target, before anything is built",
     "build": "build a bundle's engine for a target",
     "run": "ask a bundle about images",
     "check": "measure a bundle against the reference; exits with 1 when a gate fails",

@@ -1,0 +1,83 @@
+"""Memory on ONNX Runtime's CPU provider, as a Session opens it. docs/fit.md compares it with measurements.
+
+Weights that matrices are multiplied with are copied once into the layout of the kernels, and the mapped
+original is let go; tables stay mapped. Scratch memory comes from an arena per session, which keeps what it
+once had; the vision session gives it back after each image.
+"""
+
+from __future__ import annotations
+
+from trimvlm.bundle import Bundle
+from trimvlm_engines.fit import live
+from trimvlm_engines.fit.arena import Arena
+from trimvlm_engines.fit.memory import MIB, Memory, Piece, decodes, kv_layers
+from trimvlm_engines.fit.sizes import Request
+from trimvlm_engines.fit.subject import Subject
+
+# Python, numpy, Pillow, tokenizers, ONNX Runtime and two open sessions without weights: measured on x86-64
+# Linux with Python 3.11 and ONNX Runtime 1.31.
+LIBRARIES = 75 * MIB
+# What an answer adds to that: image codecs, pixels, text.
+ANSWERING = 8 * MIB
+# A tokenizer in memory over the bytes of its file.
+TOKENIZER = 8
+# What Linux maps around a row that is looked up in a mapped table.
+LOOK_UP = 64 << 10
+
+
+def memory(bundle: Bundle, subject: Subject, request: Request, value_bytes: int) -> Memory:
+    """What answers to a request need.
+
+    Args:
+        value_bytes: of a key's or value's element.
+    """
+    scratch = {role: _arena(role, subject, request) for role in subject.graphs}
+    caches = sum(kv_layers(subject.schedule, request, value_bytes))
+    runtime = LIBRARIES + TOKENIZER * bundle.manifest.files[bundle.manifest.text.tokenizer].bytes
+    every = [(name, weight) for graph in subject.graphs.values() for name, weight in graph.weights.items()]
+    copies = {name: weight.bytes for name, weight in every if not weight.looked_up}
+    weights = sum(weight.bytes for _, weight in every if not weight.looked_up)
+    copied, most = max(copies.items(), key=lambda copy: copy[1], default=("none", 0))
+    rows = request.text + request.new_tokens
+    tables = sum(min(weight.bytes, LOOK_UP * rows) for _, weight in every if weight.looked_up)
+    before = sum(size for role, size in scratch.items() if not decodes(role))
+    pieces = (
+        Piece(name="runtime and libraries", bytes=runtime + ANSWERING, basis="measured"),
+        Piece(name="weights", bytes=weights, basis="counted", note="private copies"),
+        Piece(name="tables", bytes=tables, basis="counted", note="mapped: rows that are looked up"),
+        Piece(name="KV cache", bytes=caches, basis="counted"),
+        Piece(
+            name="decoder activations",
+            bytes=max(0, scratch["decoder"] - caches),
+            basis="simulated",
+            note="with the KV cache's second copy in a step",
+        ),
+        Piece(name="vision activations", bytes=before, basis="simulated"),
+    )
+    return Memory(
+        pieces=pieces,
+        opening=runtime + weights + most,
+        taking_turns=None,
+        at_once=(Piece(name=f"weight {copied}", bytes=most, basis="counted"),),
+    )
+
+
+def _arena(role: str, subject: Subject, request: Request) -> int:
+    """Bytes that a session's arena comes to."""
+    arena, graph = Arena(), subject.graphs[role]
+    kept = live.run(graph.sized(subject.first(role, request)), graph.outputs, arena, live.scores_apart)
+    for number in _steps(request.new_tokens) if decodes(role) else ():
+        for name in [name for name in kept if not name.startswith("present_")]:
+            arena.give(kept.pop(name))
+        sized = graph.sized(subject.step(request, number))
+        after = live.run(sized, graph.outputs, arena, live.scores_apart)
+        for chunk in kept.values():
+            arena.give(chunk)
+        kept = after
+    return arena.resident
+
+
+def _steps(new_tokens: int) -> list[int]:
+    """Steps that decide: the first ones, in which the arena finds its shape, and some of the others."""
+    last = new_tokens - 2  # the first token is the prefill's
+    return sorted({number for number in (0, 1, 2, 3, *range(32, last, 32), last) if 0 <= number <= last})

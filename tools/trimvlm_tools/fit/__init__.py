@@ -1,0 +1,1 @@
+"""`trimvlm fit`: what it says, and how its predictions are measured."""
