@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from trimvlm import machine
 from trimvlm.bundle import Bundle
 from trimvlm_engines.build import build
 from trimvlm_engines.progress import Interrupt, Progress, Share, interruptible
+from trimvlm_tools import console
+from trimvlm_tools.cli import main
 
 TESTS = Path(__file__).parent.parent
 
@@ -171,3 +176,28 @@ def test_share_of_nested_phases() -> None:
         ("all", 4, 4, 0),
     ]
     assert [share(Progress(*each)) for each in reports] == [0.0, 0.0, 0.125, 0.25, 0.25, 1.0]
+
+
+def test_the_verb_shows_phases_and_percent(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    shown: list[tuple[str, int, int | None, str]] = []
+
+    @contextlib.contextmanager
+    def stages() -> Iterator[Any]:
+        yield lambda what, done, total, note="": shown.append((what, done, total, note))
+
+    monkeypatch.setattr(console, "stages", stages)
+    assert main(["build", str(bundle), "--target", "rtx-4090", "--profile", "toy"]) == 0
+    for role in ("vision", "decoder"):
+        percents = [done for what, done, _, _ in shown if what == f"toy (1 of 1) {role}"]
+        assert percents == sorted(percents) and percents[0] == 0 and percents[-1] == 100
+        assert len(set(percents)) > 10
+    notes = [note for _, _, total, note in shown if total == 100]
+    assert notes[0] == "building" and notes[-1] == "built"
+    assert any(re.fullmatch(r"Timing .* \d+/\d+", note) for note in notes)
+    shown.clear()
+    assert main(["build", str(bundle), "--target", "rtx-4090", "--profile", "toy"]) == 0
+    assert [(done, note) for _, done, _, note in shown] == [(100, "up to date")] * 2
+    assert "up to date" in capsys.readouterr().out
