@@ -11,22 +11,19 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-import torch
 from tiny_models import noise_image, tiny_llava
+from tiny_router import random_router
 
 from trimvlm.bundle import Bundle, record, write_manifest
 from trimvlm.encoder_rules import EncoderStage, VisPruner
 from trimvlm.errors import UserError
 from trimvlm.manifest import read_manifest
 from trimvlm.parity import Metric, ParityReport, Rung
-from trimvlm.profile import Decisions, LayerRule, Method, ModelSpec, Profile, Select, SkipMode, SkipStage
-from trimvlm.router_spec import RouterSpec
+from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select, SkipMode, SkipStage
 from trimvlm.rules import LastRowAttention, RouterScores, ValueInfluence
 from trimvlm_calib.samples import load_samples
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.export import export
-from trimvlm_export.router import Router, draw_parameters
-from trimvlm_export.router_weights import digest, encode
 from trimvlm_tools.cli import main
 from trimvlm_tools.parity.answer import Answer
 from trimvlm_tools.parity.check import check
@@ -188,17 +185,6 @@ PROFILES = {
         layers=(LayerRule(layers=(2, 3), query="unskipped"), LayerRule(layers=(0,), sublayers="attention")),
     ),
 }
-
-
-def random_router(folder: Path, model: ModelSpec) -> RouterSpec:
-    """A router whose heads are not zero, on disk."""
-    spec = RouterSpec(weights="router.safetensors", sha256="", width=32, heads=2, first=2)
-    router = Router(spec, model.hidden, model.layers)
-    draw_parameters(router, seed=1)
-    torch.nn.init.normal_(router.token_head.weight)
-    weights = {name: parameter.detach().numpy() for name, parameter in router.named_parameters()}
-    (folder / spec.weights).write_bytes(encode(weights))
-    return msgspec.structs.replace(spec, sha256=digest(weights))
 
 
 @pytest.fixture(scope="module")

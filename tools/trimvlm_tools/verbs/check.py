@@ -35,6 +35,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="compare with the bundle's goldens, without torch",
     )
     parser.add_argument("--target", default="ort-cpu", metavar="T", help="with --goldens (default ort-cpu)")
+    parser.add_argument(
+        "--polygraphy",
+        type=Path,
+        metavar="DIR",
+        help="with --goldens: write what each graph is fed and gives on a golden question, for NVIDIA's "
+        "`polygraphy run --load-inputs --load-outputs`",
+    )
     parser.add_argument("--json", action="store_true", help="the reports as JSON on stdout")
 
 
@@ -44,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.samples < 1:
         raise UserError(f"--samples: {args.samples} is not a positive number")
+    if args.polygraphy and not args.goldens:
+        raise UserError("--polygraphy: goes with --goldens, which are what it writes")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: {args.max_new_tokens} is not a positive number")
     bundle = Bundle(args.bundle)
@@ -53,14 +62,26 @@ def run(args: argparse.Namespace) -> int:
         console.emit(reports)
     else:
         print("\n\n".join(as_text(report) for report in reports))
-    return 0 if all(report.verdict == "PASS" for report in reports) else 1
+        if args.polygraphy and passed(reports):
+            print(f"\n{args.polygraphy}: inputs and outputs of {', '.join(names)} for polygraphy run")
+    return 0 if passed(reports) else 1
+
+
+def passed(reports: list[ParityReport]) -> bool:
+    """Whether every verdict is PASS."""
+    return all(report.verdict == "PASS" for report in reports)
 
 
 def from_goldens(bundle: Bundle, names: list[str], args: argparse.Namespace) -> list[ParityReport]:
-    """Compares with what the reference computed on the workstation."""
+    """Compares with what the reference computed on the workstation; what passed is written for Polygraphy."""
     from trimvlm_tools.parity.goldens import check_goldens
+    from trimvlm_tools.parity.recording import write_polygraphy
 
-    return [check_goldens(bundle, name, args.target) for name in names]
+    reports = [check_goldens(bundle, name, args.target) for name in names]
+    if args.polygraphy and passed(reports):
+        for name in names:
+            write_polygraphy(bundle, name, args.target, args.polygraphy)
+    return reports
 
 
 def from_reference(bundle: Bundle, names: list[str], args: argparse.Namespace) -> list[ParityReport]:
