@@ -10,6 +10,8 @@ from pathlib import Path
 import msgspec
 import onnxruntime
 import pytest
+from method_decisions import METHODS
+from operator_list import refused
 
 from trimvlm.bundle import Bundle, record, write_manifest
 from trimvlm.errors import UserError
@@ -152,3 +154,13 @@ def test_limits_of_the_own_target_reach_the_plan(exported: Path) -> None:
     assert found["vision"].plan == "vision.rtx-4090.engine"
     assert found["decoder"].ranges["past_key.4"].max[2] == 3 * 8 + 30
     assert found["vision"].ranges["pixel_values"].max[0] == 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tensorrt_10_3_knows_every_operator(exported: Path, name: str) -> None:
+    bundle = Bundle(exported)
+    _, entry = bundle.entry(name)
+    for file in (entry.decoders["primitive"], entry.vision):
+        assert refused(bundle.path(file)) == [], file
+    found = refused(bundle.path(entry.decoders["fused"]))
+    assert {"operator Attention", "operator RMSNormalization", "operator RotaryEmbedding"} <= set(found)

@@ -77,3 +77,19 @@ def test_attention(groups: int, scale: dict) -> None:
         "mask": visible,
     }
     same(model, feeds, "Attention")
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_sums_of_integers(keepdims: int) -> None:
+    node = helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=keepdims)
+    inputs = {"x": (TensorProto.INT64, ["r", "c"]), "axes": (TensorProto.INT64, [1])}
+    model = model_of(node, inputs, ["r", 1] if keepdims else ["r"])
+    x = np.random.default_rng(3).integers(-1000, 1000, (4, 600))
+    same(model, {"x": x, "axes": np.array([1])}, "Attention", atol=0)
+    assert [node.op_type for node in model.graph] == ["Cast", "ReduceSum", "Cast", "Identity"]
+
+
+def test_sums_of_floats_stay() -> None:
+    node = helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=0)
+    model = model_of(node, {"x": (FLOAT, ["r", "c"]), "axes": (TensorProto.INT64, [1])}, ["r"])
+    assert [node.op_type for node in to_primitive(model).graph] == ["ReduceSum", "Identity"]

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from msgspec import structs
+from operator_list import refused
 from tiny_models import noise_image, tiny_inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
@@ -125,6 +126,7 @@ def test_graph_equals_module(checkpoint: Path, model: Any, tmp_path: Path, mask:
     made = trained(checkpoint, tmp_path, mask)
     source = Source.place(checkpoint, tmp_path, dtype)
     graph, _ = export_router(source, made.profile, tmp_path / f"{mask}-0.router.safetensors")
+    assert refused(tmp_path / graph) == []
     session = onnxruntime.InferenceSession(tmp_path / graph)
     table = model.model.language_model.embed_tokens.weight.detach().to(getattr(torch, dtype)).float()
     for text, visual in ((7, 16), (12, 32), (5, 0)):

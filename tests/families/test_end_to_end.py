@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from operator_list import refused
 from PIL import Image
 from skimage import data
 from tiny_mobilevlm import tiny_mobilevlm
@@ -21,6 +22,7 @@ from tiny_qwen import tiny_qwen
 from tiny_tiled import tiny_internvl, tiny_next, tiny_onevision
 
 from trimvlm.accounting import kv_bytes_per_layer
+from trimvlm.bundle import Bundle
 from trimvlm.encoder_rules import EncoderStage, HiPrune
 from trimvlm.profile import Decisions, Grid, LayerRule, Method, Profile, Select
 from trimvlm.rules import LastRowAttention
@@ -120,6 +122,12 @@ def bundle(checkpoint: Path, family: str) -> Path:
     options = [option for file in files for option in ("--profile", str(file))]
     assert main(["export", str(checkpoint), "--out", str(out), *options]) == 0
     return out
+
+
+def test_tensorrt_10_3_knows_every_operator(bundle: Path) -> None:
+    for entry in Bundle(bundle).manifest.profiles.values():
+        for file in filter(None, (entry.decoders["primitive"], entry.vision, entry.projector)):
+            assert refused(bundle / file) == [], file
 
 
 def test_checked_by_the_command_line(

@@ -1,7 +1,8 @@
 """The primitive lowering: the fused operators of opset 23 in opset 18's MatMul, Softmax and arithmetic.
 
 For libraries that do not know `Attention`, `RMSNormalization` and `RotaryEmbedding` (TensorRT 10.3 on
-JetPack 6). Every other operator of the traced graphs is the same in both operator sets.
+JetPack 6). Every other operator of the traced graphs is the same in both operator sets; sums of integers are
+computed in float32, since it is not certain that TensorRT 10.3 has them in int64.
 
 Shapes: R query rows, S key rows, H heads, G key/value heads, C head size, D width.
 """
@@ -26,6 +27,8 @@ def to_primitive(model: ir.Model) -> ir.Model:
             continue
         tape = Tape()
         result = expand(tape, node)
+        if result is None:
+            continue
         old = node.outputs[0]
         assert old.dtype is not None
         result.dtype, result.shape = old.dtype, old.shape
@@ -82,8 +85,19 @@ def attention(tape: Tape, node: ir.Node) -> ir.Value:
     return tape.op("MatMul", [weights, v])
 
 
-EXPANSIONS: dict[str, Callable[[Tape, ir.Node], ir.Value]] = {
+def integer_sum(tape: Tape, node: ir.Node) -> ir.Value | None:
+    """Counts of rows, exact in float32; None: the sum is none of integers."""
+    data, axes = _inputs(node, 2)
+    if data.dtype != ir.DataType.INT64:
+        return None
+    kept = {"keepdims": node.attributes.get_int("keepdims", 1)}
+    total = tape.op("ReduceSum", [tape.op("Cast", [data], {"to": ir.DataType.FLOAT.value}), axes], kept)
+    return tape.op("Cast", [total], {"to": ir.DataType.INT64.value})
+
+
+EXPANSIONS: dict[str, Callable[[Tape, ir.Node], ir.Value | None]] = {
     "Attention": attention,
+    "ReduceSum": integer_sum,
     "RMSNormalization": rms_norm,
     "RotaryEmbedding": rope,
 }
