@@ -88,7 +88,6 @@ def _commands(bundle: Bundle, role: str, part: Part, target: Target) -> list[Com
         {name: shape for name, shape in ranges.items() if name in dynamic}
         for ranges in part.phases or [part.ranges]
     ]
-    facts = versions.facts(target.backend, version_explained(target))
     notes: list[str] = []
     if part.made is not None:
         notes.append(f"{part.graph} is written by trimvlm build")
@@ -99,10 +98,10 @@ def _commands(bundle: Bundle, role: str, part: Part, target: Target) -> list[Com
     flags = [f"--onnx={graph}", f"--saveEngine={plan}", "--skipInference"]
     if target.backend == "tensorrt":
         flags.append("--noTF32")
+        if versions.trtexec_types_weakly(version_explained(target)):
+            flags.append("--stronglyTyped")
     elif target.compute_capability:
         flags.append(f"--computeCapabilities={target.compute_capability.replace('.', '')}")
-    if facts.typing_flag:
-        flags.append("--stronglyTyped")
     if target.plan.version_compatible:
         flags.append("--versionCompatible")
     if target.plan.stripped:

@@ -5,7 +5,7 @@ Which names each version has was read in NVIDIA's own Python bindings (tests/dat
     since         what
     10.3          progress monitor, version-compatible and stripped plans, refitting from ONNX, TF32
     10.14         Attention, taken apart where its layers allow it
-    before 10.16  plans are streamed out instead of held in memory
+    by 10.16      plans are streamed out instead of held in memory
     11.0          every network is strongly typed; weak types, and tools' flags about them, are gone
     RTX           no timing cache, no version-compatible plans; compute capabilities; plans without a GPU
 """
@@ -13,32 +13,14 @@ Which names each version has was read in NVIDIA's own Python bindings (tests/dat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from trimvlm.target import PlanOptions, numbers
-from trimvlm.value import Value
-
-Flavour = Literal["tensorrt", "tensorrt_rtx"]
 
 
-class Facts(Value, frozen=True, kw_only=True):
-    """What is true of a version also where the library is not installed.
-
-    Attributes:
-        typing_flag: networks, and those of NVIDIA's tools, are weakly typed unless a flag says otherwise.
-        timing_cache: kernels are timed on the GPU, and the times can be kept.
-        any_machine: plans can be built without the GPU they are for, unless they are stripped.
-    """
-
-    typing_flag: bool
-    timing_cache: bool
-    any_machine: bool
-
-
-def facts(flavour: str, version: str) -> Facts:
-    """Facts of a version, e.g. `10.3.0`."""
-    rtx, major = flavour == "tensorrt_rtx", numbers(version)[0]
-    return Facts(typing_flag=not rtx and major < 11, timing_cache=not rtx, any_machine=rtx)
+def trtexec_types_weakly(version: str) -> bool:
+    """Whether NVIDIA's tool needs a flag for a strongly typed network, e.g. of version `10.3.0`."""
+    return numbers(version)[0] < 11
 
 
 def create_network(trt: Any, builder: Any) -> Any:
