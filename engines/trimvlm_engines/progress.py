@@ -70,9 +70,11 @@ class Interrupt:
 def interruptible() -> Iterator[Interrupt]:
     """Holds back the KeyboardInterrupt of Ctrl-C until the library has returned, and raises it then.
 
-    Outside the main thread nothing is caught: signals do not arrive there.
+    Outside the main thread nothing is caught, as signals do not arrive there; nor where they are ignored.
     """
-    if threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGINT)
+    elsewhere = threading.current_thread() is not threading.main_thread()
+    if elsewhere or handler in (None, signal.SIG_IGN):
         yield Interrupt()
         return
     reader, writer = socket.socketpair()
@@ -80,7 +82,7 @@ def interruptible() -> Iterator[Interrupt]:
         reader.setblocking(False)
         writer.setblocking(False)
         interrupt = Interrupt(reader)
-        handler = signal.signal(signal.SIGINT, lambda *_: interrupt.press())
+        signal.signal(signal.SIGINT, lambda *_: interrupt.press())
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         try:
             yield interrupt

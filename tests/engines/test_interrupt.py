@@ -139,6 +139,17 @@ def test_outside_the_main_thread_a_build_runs_all_the_same(bundle: Path) -> None
     assert "rtx-4090" in Bundle(bundle).manifest.profiles["toy"].engines
 
 
+def test_where_ctrl_c_is_ignored_it_stays_ignored() -> None:
+    """As in a job that a script started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptible() as interrupt:
+            pressed()
+            assert not interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_tensorrt_rtx_tells_how_far_it_is(bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     told: dict[str, list[Progress]] = {}
