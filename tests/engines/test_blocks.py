@@ -61,6 +61,22 @@ def split(graph: Path, schedule: Schedule, **limits: int) -> list[Piece]:
     return pieces(graph, wanted, decoder_ranges(schedule, wanted))
 
 
+def assert_no_shape_is_carried(blocks: list[Piece]) -> None:
+    """TensorRT would want it on the host: nothing that is carried says how large something else is."""
+    places = {
+        "Reshape": (1,),
+        "Expand": (1,),
+        "Slice": (1, 2, 3),
+        "TopK": (1,),
+        "Range": (0, 1, 2),
+        "Tile": (1,),
+    }
+    for piece in blocks:
+        for node in onnx.ModelProto.FromString(piece.graph or b"").graph.node:
+            sizes = [node.input[place] for place in places.get(node.op_type, ()) if place < len(node.input)]
+            assert not any(name.startswith(CARRIED) for name in sizes), (piece.role, node.name)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     directory = tmp_path_factory.mktemp("blocks")
@@ -79,6 +95,7 @@ def test_methods(exported: Path, method: str, lowering: str) -> None:
         blocks = split(graph, schedule, layers_per_engine=layers)
         assert [piece.role for piece in blocks] == [f"decoder.{number}" for number in range(count)]
         assert_same_answers(graph, blocks, schedule)
+        assert_no_shape_is_carried(blocks)
 
 
 @pytest.mark.parametrize("case", [*OTHERS, *range(RANDOM)])
@@ -94,6 +111,7 @@ def test_every_kind_of_schedule(source: Source, case: str | int) -> None:
         assert len(pairs) == 2 or case != "gap"  # layers that are not executed make no block
         both = split(graph, schedule, layers_per_engine=1, lm_head_columns=24)
         assert_same_answers(graph, both, schedule)
+        assert_no_shape_is_carried(both)
 
 
 def test_a_block_holds_its_own_weights_and_caches(exported: Path) -> None:

@@ -22,13 +22,21 @@ def answer(bundle: Path, method: str, target: str) -> list[str]:
         return list(session.generate("what is w3 ?", [noise_image(1)], max_new_tokens=8))
 
 
-@pytest.mark.parametrize("device", ["rtx-4090", "jetson-orin-nano-8gb"])
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of compiled kernels."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.mark.parametrize(
+    ("device", "ranges"),
+    [("rtx-4090", "joint"), ("rtx-4090", "split"), ("jetson-orin-nano-8gb", "joint")],
+)
 @pytest.mark.parametrize("method", ["dense", "fastv+v-skip", "vtw", "hidivdrop"])
 def test_plans_of_blocks_answer_as_the_whole_graph(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str, device: str
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, method: str, device: str, ranges: str
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    target = msgspec.structs.replace(targets.load(device), limits=LIMITS)
+    target = msgspec.structs.replace(targets.load(device), limits=LIMITS, ranges=ranges)
     assert target.compute_capability
     standin = StandIn(monkeypatch, capability=target.compute_capability)
     engine = build(bundle, target, method)
