@@ -1,7 +1,7 @@
 """Classic TensorRT, 10.3 and newer: Jetson and data-centre GPUs.
 
 No CUDA graph is captured. A captured graph replays one set of shapes and addresses, but in decoding the past
-grows by a row per token (docs/decisions/0021-running-plans.md).
+grows by a row per token (docs/decisions/0023-running-plans.md).
 """
 
 from __future__ import annotations
