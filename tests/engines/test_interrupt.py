@@ -57,7 +57,7 @@ sys.exit(cli.main(["build", sys.argv[1], "--target", "rtx-4090", "--profile", "t
 """
 
 
-@pytest.mark.parametrize("percent", [0, 60])
+@pytest.mark.parametrize("percent", [0, 20])
 def test_ctrl_c_stops_tensorrt_rtx(bundle: Path, percent: int) -> None:
     pytest.importorskip("tensorrt_rtx")
     before = contents(bundle)
@@ -70,9 +70,10 @@ def test_ctrl_c_stops_tensorrt_rtx(bundle: Path, percent: int) -> None:
     assert process.stdout is not None
     assert process.stdout.readline()  # the decoder is at work; the vision plan is there and not published
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    rest, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said == "trimvlm build: interrupted\n"
+    assert rest.count("\n") < 20  # an undisturbed build prints fifty lines and more from here
     assert contents(bundle) == before
     Bundle(bundle).verify()
     build(bundle, card(), "toy")  # no lock was left behind
