@@ -87,9 +87,9 @@ def attention(tape: Tape, node: ir.Node) -> ir.Value:
 
 def integer_sum(tape: Tape, node: ir.Node) -> ir.Value | None:
     """Counts of rows, exact in float32; None: the sum is none of integers."""
+    if node.inputs[0] is None or node.inputs[0].dtype != ir.DataType.INT64:
+        return None  # over some axes or over all
     data, axes = _inputs(node, 2)
-    if data.dtype != ir.DataType.INT64:
-        return None
     kept = {"keepdims": node.attributes.get_int("keepdims", 1)}
     total = tape.op("ReduceSum", [tape.op("Cast", [data], {"to": ir.DataType.FLOAT.value}), axes], kept)
     return tape.op("Cast", [total], {"to": ir.DataType.INT64.value})
