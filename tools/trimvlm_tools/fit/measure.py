@@ -86,22 +86,25 @@ def make_prompt(bundle: Bundle, profile: str, text: int) -> tuple[str, int]:
     """A prompt for one image of at most `text` text rows, and how many it has.
 
     Raises:
-        UserError: the template alone has more.
+        UserError: one word makes more.
     """
     manifest, stage = bundle.manifest, bundle.profile(profile).decisions.encoder
     visual = stage.keep if stage else bundle.profile(profile).model.visual_tokens
     prompter = make_prompter(load_tokenizer(bundle.path(manifest.text.tokenizer)), manifest.text, visual)
 
-    def rows(words: int) -> int:
-        return len(prompter("a " * words + "a", 1).input_ids)
+    def words(count: int) -> str:  # different ones, so that different rows of the table are looked up
+        return " ".join(f"w{7 + 37 * number % 4000}" for number in range(count))
 
-    if rows(0) > text:
-        raise UserError(f"--text: the template alone has {rows(0)} rows, more than {text}")
-    fewest, most = 0, text
+    def rows(count: int) -> int:
+        return len(prompter(words(count), 1).input_ids)
+
+    if rows(1) > text:
+        raise UserError(f"--text: a prompt of one word has {rows(1)} rows, more than {text}")
+    fewest, most = 1, text
     while fewest < most:
         middle = (fewest + most + 1) // 2
         fewest, most = (middle, most) if rows(middle) <= text else (fewest, middle - 1)
-    return "a " * fewest + "a", rows(fewest)
+    return words(fewest), rows(fewest)
 
 
 def plans(bundle: Bundle, profile: str, target: str) -> list[Comparison]:
