@@ -17,7 +17,7 @@ from trimvlm_tools.doctor.board import Check
 from trimvlm_tools.doctor.checks import diagnose
 from trimvlm_tools.doctor.facts import Facts, Process, read, this_process
 
-WHEELS = {name: "1.0" for name in ("numpy", "msgspec", "tokenizers", "pillow", "pyyaml", "filelock")}
+WHEELS = {name: "1.0" for name in ("numpy", "msgspec", "tokenizers", "pillow", "pyyaml", "filelock", "onnx")}
 PACKAGE = "Package: {}\nStatus: install ok installed\nVersion: {}\n"
 
 
@@ -164,6 +164,14 @@ def test_jetpack6_with_a_fault(
     assert todo in (found.todo or "")
 
 
+def test_board_whose_vocabulary_is_split_needs_onnx_to_build(jetpack6: Path) -> None:
+    versions = {name: version for name, version in WHEELS.items() if name != "onnx"}
+    found = checked(read(jetpack6, process(versions=versions)))["wheels"]
+    assert (found.state, found.todo) == ("warn", "pip install onnx")
+    larger = checked(read(jetpack6, process(versions=versions)), "jetson-agx-orin-64gb")["wheels"]
+    assert larger.state == "ok"
+
+
 def test_packages_that_were_removed_are_not_there(jetpack6: Path) -> None:
     status = jetpack6 / "var/lib/dpkg/status"
     status.write_text(status.read_text().replace("install ok installed", "deinstall ok config-files"))
@@ -235,6 +243,24 @@ def test_desktop(desktop: Path) -> None:
     )
     classic = checked(read(desktop, seen), "rtx-4090-tensorrt")
     assert classic["TensorRT"].state == "bad"
+
+
+def test_providers_of_onnx_runtime(desktop: Path) -> None:
+    ordinary = WHEELS | {"onnxruntime": "1.31.1"}
+    rtx = ordinary | {"onnxruntime-ep-nv-tensorrt-rtx-cu13": "0.5.0"}
+    for name, versions, state, said in (
+        ("ort-cuda", ordinary, "bad", "trimvlm[ort-gpu]"),
+        ("ort-cuda", WHEELS | {"onnxruntime-gpu": "1.31.1"}, "ok", "onnxruntime-gpu 1.31.1"),
+        ("ort-trt-rtx", ordinary, "bad", "trimvlm[ort-rtx]"),
+        ("ort-trt-rtx", rtx, "ok", "cu13 0.5.0"),
+    ):
+        seen = process(machine="x86_64", versions=versions, compute_capability=None)
+        found = checked(read(desktop, seen), name)
+        assert found["provider"].state == state
+        assert said in f"{found['provider'].found} {found['provider'].todo}"
+        assert found["GPU"].state == "bad" and "install NVIDIA's driver" in (found["GPU"].todo or "")
+        assert found["ONNX Runtime"].state == "ok"
+    assert "provider" not in checked(read(desktop, process(machine="x86_64", versions=ordinary)), "ort-cpu")
 
 
 def test_nothing_that_runs_a_bundle_is_bad(desktop: Path) -> None:

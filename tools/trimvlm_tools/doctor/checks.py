@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trimvlm.backends.providers import CUDA, RTX
 from trimvlm.target import Target
 from trimvlm_tools.doctor.board import GIB, Check, State, cma, memory, power, swap
 from trimvlm_tools.doctor.facts import Facts
@@ -14,6 +15,11 @@ from trimvlm_tools.doctor.facts import Facts
 BASE = ("numpy", "msgspec", "tokenizers", "pillow")
 BUILD = ("pyyaml", "filelock")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt")
+# What brings a provider of ONNX Runtime that needs a GPU: an extra, and its distributions (one of them).
+PROVIDERS = {
+    CUDA: ("ort-gpu", ("onnxruntime-gpu",)),
+    RTX: ("ort-rtx", ("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12")),
+}
 FAMILIES = ("Orin Nano", "Orin NX", "AGX Orin", "Thor")
 
 
@@ -30,7 +36,8 @@ def diagnose(facts: Facts, targets: Sequence[Target], wanted: Target | None = No
     checks += [
         tensorrt(facts, known, wanted),
         *libraries(facts, wanted),
-        wheels(facts),
+        *provider(facts, wanted),
+        wheels(facts, known),
         memory(facts, wanted),
     ]
     if facts.l4t:
@@ -111,6 +118,9 @@ def gpu(facts: Facts, wanted: Target | None) -> Check:
     if facts.l4t and facts.process.compute_capability is None:
         todo = "the driver does not answer: reboot, or join the groups video and render (sudo usermod -aG)"
         return Check(name="GPU", state="bad", found=found, todo=todo)
+    if capability is None and wanted and wanted.provider in PROVIDERS:
+        todo = f"target {wanted.name} runs on a GPU: install NVIDIA's driver"
+        return Check(name="GPU", state="bad", found=found, todo=todo)
     if capability is None:
         todo = "nothing to do for ort-cpu; for a card install NVIDIA's driver"
         return Check(name="GPU", state="-", found=found, todo=todo)
@@ -184,10 +194,23 @@ def libraries(facts: Facts, wanted: Target | None) -> list[Check]:
     return checks
 
 
-def wheels(facts: Facts) -> Check:
-    """What trimvlm itself needs to run, and to build."""
+def provider(facts: Facts, wanted: Target | None) -> list[Check]:
+    """ONNX Runtime's provider of a target that needs more than the CPU's."""
+    if wanted is None or wanted.provider not in PROVIDERS:
+        return []
+    extra, names = PROVIDERS[wanted.provider]
+    found = [f"{name} {facts.process.versions[name]}" for name in names if name in facts.process.versions]
+    if found:
+        return [Check(name="provider", state="ok", found=", ".join(found))]
+    todo = f"pip install 'trimvlm[{extra}]' in an environment of its own"
+    return [Check(name="provider", state="bad", found=f"no {wanted.provider}", todo=todo)]
+
+
+def wheels(facts: Facts, known: Sequence[Target]) -> Check:
+    """What trimvlm itself needs to run, and to build for these targets."""
+    split = any(each.limits.lm_head_columns or each.limits.layers_per_engine for each in known)
     base = [name for name in BASE if name not in facts.process.versions]
-    build = [name for name in BUILD if name not in facts.process.versions]
+    build = [name for name in (*BUILD, *["onnx"] * split) if name not in facts.process.versions]
     if base:
         return Check(
             name="wheels", state="bad", found=f"missing: {', '.join(base)}", todo="pip install trimvlm"

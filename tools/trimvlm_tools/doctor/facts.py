@@ -20,6 +20,7 @@ from trimvlm.value import Value
 DISTRIBUTIONS = (
     *("numpy", "msgspec", "tokenizers", "pillow"),
     *("pyyaml", "filelock", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "cuda-bindings"),
+    *("onnx", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12"),
 )
 TENSORRT_WHEELS = ("tensorrt-cu13", "tensorrt-cu12")
 # `compatible` strings of the device tree: the chip decides the SM.
