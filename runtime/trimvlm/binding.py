@@ -13,6 +13,8 @@ from trimvlm.filling import is_filled
 from trimvlm.schedule import Schedule
 from trimvlm.target import numbers
 
+_SM = "the GPU's SM"
+
 
 class Mismatch(NamedTuple):
     """A field of which the engine was built with one value, and another was found."""
@@ -29,10 +31,12 @@ def check_engine(bundle: Bundle, profile: str, engine: Engine) -> None:
         UserError: naming the field, both values and the command that builds it anew.
     """
     for field, built, found in _mismatches(bundle, profile, engine):
+        remedy = rebuild(bundle.directory, engine.target, profile)
+        if field == _SM and found is None:
+            remedy = f"no GPU answers here: see trimvlm doctor; on a machine with another one {remedy}"
         raise UserError(
             f"{bundle.directory}: the engine of profile {profile} for {engine.target} does not fit: {field} "
-            f"is {_said(found)}, but it was built for {_said(built)}; "
-            f"{rebuild(bundle.directory, engine.target, profile)}"
+            f"is {_said(found)}, but it was built for {_said(built)}; {remedy}"
         )
 
 
@@ -95,7 +99,7 @@ def _of_machine(engine: Engine) -> Iterator[Mismatch]:
     if (system := machine.system()) != engine.system:
         yield Mismatch("the operating system", engine.system, system)
     if (capability := machine.compute_capability()) != engine.compute_capability:
-        yield Mismatch("the GPU's SM", engine.compute_capability, capability)
+        yield Mismatch(_SM, engine.compute_capability, capability)
 
 
 def _of_plan(bundle: Bundle, graphs: list[str], engine: Engine, role: str) -> Iterator[Mismatch]:

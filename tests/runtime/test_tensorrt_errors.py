@@ -307,7 +307,10 @@ def test_the_real_library_without_a_gpu(tmp_path: Path) -> None:
     )
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.strip().splitlines()
-    assert "does not fit: the GPU's SM is none, but it was built for 8.9" in line
+    assert (
+        "does not fit: the GPU's SM is none, but it was built for 8.9; no GPU answers here: see trimvlm"
+        in line
+    )
     # Without the guards: what the library and the bindings themselves say.
     with (
         pytest.raises(UserError, match=r"bindings of CUDA are not installed|no NVIDIA driver answers"),

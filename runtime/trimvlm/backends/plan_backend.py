@@ -76,7 +76,6 @@ class PlanBackend:
                 for role, path in self.files.items()
             }
             held.callback(self._unload, list(self._plans))
-            self._take_turns = False
             self._open_plans()
             self._held = held.pop_all()
         return self
@@ -191,9 +190,8 @@ class PlanBackend:
             self._load(role)
         if others and decoder:
             wanted = sum(self.files[role].stat().st_size for role in others)
-            self._take_turns = wanted > self._cuda.available() if self.turns is None else self.turns
-        if self._take_turns:
-            self._unload(decoder)
+            if self.turns or (self.turns is None and wanted > self._cuda.available()):
+                self._unload(decoder)
         for role in others:
             self._load(role)
 
