@@ -6,6 +6,7 @@ computed and the values are put in its place; again, until nothing new is known.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ def sizes_at(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]]) -> d
     known = {
         tensor.name: numpy_helper.to_array(tensor)
         for tensor in model.graph.initializer
-        if not tensor.external_data and np.prod(tensor.dims) <= SMALL
+        if not tensor.external_data and math.prod(tensor.dims) <= SMALL
     }
     fixed = _fixed(model, inputs)
     while True:
@@ -77,7 +78,7 @@ def _computed(
 ) -> dict[str, NDArray[Any]]:
     """What nodes give whose inputs are all known: shapes, and small arithmetic with them."""
     found: dict[str, NDArray[Any]] = {}
-    nodes, outputs, given = [], [], {}
+    nodes, made, given = [], set(known), {}
     outputs_of_graph = {value.name for value in model.graph.output}
     for node in model.graph.node:
         if outputs_of_graph & set(node.output) or len(node.output) != 1:
@@ -89,20 +90,21 @@ def _computed(
                 shape = kinds[node.input[0]].shape[part.get("start", 0) : part.get("end")]
                 found[name] = given[name] = np.array(shape, np.int64)
             continue
-        size = np.prod(kinds[name].shape) if name in kinds else SMALL + 1
         inputs = [each for each in node.input if each]
-        if size <= SMALL and all(each in known or each in given or each in outputs for each in inputs):
+        small = name in kinds and math.prod(kinds[name].shape) <= SMALL
+        if small and all(each in made or each in given for each in inputs):
             nodes.append(node)
-            outputs.append(name)
-            given |= {each: known[each] for each in inputs if each in known}
+            made.add(name)
+            given.update((each, known[each]) for each in inputs if each in known)
     if not nodes:
         return found
     values = [
         helper.make_tensor_value_info(each, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
         for each, a in given.items()
     ]
+    outputs = [node.output[0] for node in nodes]
     results = [helper.make_tensor_value_info(each, kinds[each].dtype, None) for each in outputs]
     graph = helper.make_graph(nodes, "shapes", values, results)
-    small = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    computed = ReferenceEvaluator(small).run(None, given)
+    alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    computed = ReferenceEvaluator(alone).run(None, given)
     return found | {name: np.asarray(value) for name, value in zip(outputs, computed, strict=True)}
