@@ -12,7 +12,8 @@
     <profile>.decoder.*.filled.onnx   the same without empty tensors, if asked for: `trimvlm.filling`
     <profile>.profile.json
     <profile>.goldens.json            what the reference computed, for `trimvlm check`
-    <profile>.<target>.engine         plans written by `trimvlm build`
+    <profile>.<target>.decoder.engine plans written by `trimvlm build`
+    <profile>.<target>.decoder.0.onnx decoder graphs in pieces, and their plans, where the target wants them
 
 Several profiles of one checkpoint live in one Bundle and share the weight files. All paths in the manifest
 are relative to the directory and may not leave it.
