@@ -73,7 +73,7 @@ class Engine(Value, frozen=True, kw_only=True):
         options: by role, all that went into a file: graph and weights by their hashes, shape ranges, builder
             options; of a plan also its own hash; as `piece` the graph that it was made of, where the build
             wrote one (`trimvlm_engines.splitting`).
-        measured: bytes and seconds of the build.
+        measured: of the build, by part: bytes, seconds, peak memory; `weights_ratio`: plans over the weights.
     """
 
     target: str
