@@ -22,7 +22,7 @@ from trimvlm.runner import Runner
 from trimvlm.text import load_tokenizer
 from trimvlm_tools.parity.goldens import Goldens
 
-STEPS = 2  # decode steps after the prefill
+STEPS = 1  # decode steps after the prefill; each writes the whole cache twice
 RUNNER = "trimvlm"
 
 Run = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -63,7 +63,7 @@ class Recording:
 
 
 def record_golden(bundle: Bundle, profile: str | None, target: str) -> dict[str, list[Run]]:
-    """Runs a profile's first golden question: prefill and decode steps with the golden tokens.
+    """Runs a profile's first golden question: prefill and a decode step with the golden token.
 
     Returns:
         By role, inputs and outputs of each run.
@@ -94,7 +94,7 @@ def record_golden(bundle: Bundle, profile: str | None, target: str) -> dict[str,
 def write_polygraphy(bundle: Bundle, profile: str | None, target: str, folder: Path) -> list[Path]:
     """Writes `<profile>.<role>.inputs.json` and `.outputs.json` for each graph of a profile.
 
-    A file holds one entry per run of the graph, of the decoder the prefill and then decode steps.
+    A file holds one entry per run of the graph, of the decoder the prefill and then a decode step.
 
     Returns:
         The files.
