@@ -141,9 +141,10 @@ def features_range(rows: int, width: int, limits: Limits) -> ShapeRange:
 
 
 def router_ranges(model: ModelSpec, limits: Limits) -> dict[str, ShapeRange]:
-    """Ranges of the router graph's inputs; typical is one image, as many rows as without an encoder stage."""
+    """Ranges of the router graph's inputs, which always has a visual row (`trimvlm.routing`); typical is one image,
+    as many rows as without an encoder stage."""
     text = _rows((1,), (min(TYPICAL_TEXT, limits.text),), (limits.text,))
-    visual = _rows((0,), (model.visual_tokens,), (limits.images * model.visual_tokens,))
+    visual = _rows((1,), (model.visual_tokens,), (limits.images * model.visual_tokens,))
     return {
         "input_ids": text,
         "visual": _rows(*((*shape, model.hidden) for shape in (visual.min, visual.opt, visual.max))),

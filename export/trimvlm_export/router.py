@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimvlm.filling import NOWHERE
 from trimvlm.router_spec import RouterSpec
 
 EPS = 1e-6
@@ -57,7 +58,7 @@ class Router(nn.Module):
 
         Args:
             text: token embeddings float32 [T, D].
-            visual: projector outputs float32 [N, D].
+            visual: projector outputs float32 [N, D]; no row sees one whose position is `NOWHERE`.
             text_positions, visual_positions: int64 [T], [N], in the full prompt.
 
         Returns:
@@ -82,9 +83,10 @@ class Router(nn.Module):
 
         q, k, v = (heads(part(x_SW)) for part in (self.query, self.key, self.value))
         scores_HSS = (_rotate(q, cos, sin) * q.shape[-1] ** -0.5) @ _rotate(k, cos, sin).transpose(1, 2)
+        unseen = positions_S[None, :] >= NOWHERE
         if self.causal:
-            later = positions_S[None, :] > positions_S[:, None]
-            scores_HSS = scores_HSS.masked_fill(later, torch.finfo(torch.float32).min)
+            unseen = positions_S[None, :] > positions_S[:, None]
+        scores_HSS = scores_HSS.masked_fill(unseen, torch.finfo(torch.float32).min)
         mixed_HSC = torch.softmax(scores_HSS, dim=-1) @ v
         return self.output(mixed_HSC.transpose(0, 1).flatten(1))
 

@@ -6,6 +6,9 @@ Its graph (T text rows, N visual rows, D width, R layer tokens, one for each of 
     input_ids int64 [T], visual float [N, D], text_positions int64 [T], visual_positions int64 [N]
     -> router_scores float32 [N], layer_scores float32 [R]
 
+A prompt without images has one visual row, of zeros at position `NOWHERE`, which no other row sees: libraries
+may not execute empty tensors (`trimvlm.filling`).
+
 Scores are log-odds of being kept: before the sigmoid, which keeps their order and would round large ones to
 equal values. Token scores go to the decoder's selections by `router`. Layer scores choose among members: a
 few profiles that differ in the layers that they execute and share one router and one set of weights.
@@ -22,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimvlm.backends import Backend
+from trimvlm.filling import NOWHERE
 
 if TYPE_CHECKING:
     from trimvlm.router_spec import Choice
@@ -52,15 +56,18 @@ def make_route(backend: Backend) -> Route:
 
     def route(prompt: Prompt, visual_ND: NDArray[np.floating], timings: Timings) -> Scores:
         start = perf_counter()
+        count, places, port = len(visual_ND), prompt.visual_positions, backend.inputs("router")["visual"]
+        if not count:
+            visual_ND, places = np.zeros((1, visual_ND.shape[1])), np.array([NOWHERE], np.int64)
         feeds = {
             "input_ids": prompt.input_ids,
-            "visual": visual_ND.astype(backend.inputs("router")["visual"].dtype, copy=False),
+            "visual": visual_ND.astype(port.dtype, copy=False),
             "text_positions": prompt.text_positions,
-            "visual_positions": prompt.visual_positions,
+            "visual_positions": places,
         }
         found = backend.run("router", feeds, ["router_scores", "layer_scores"])
         timings.select = (timings.select or 0.0) + perf_counter() - start
-        return Scores(tokens=found["router_scores"], layers=found["layer_scores"])
+        return Scores(tokens=found["router_scores"][:count], layers=found["layer_scores"])
 
     return route
 

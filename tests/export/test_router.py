@@ -19,6 +19,7 @@ from transformers import LlavaForConditionalGeneration
 
 from trimvlm.bundle import Bundle
 from trimvlm.errors import UserError
+from trimvlm.filling import NOWHERE
 from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select
 from trimvlm.router_spec import RouterSpec
 from trimvlm.rules import RouterScores
@@ -129,7 +130,7 @@ def test_graph_equals_module(checkpoint: Path, model: Any, tmp_path: Path, mask:
     assert refused(tmp_path / graph) == []
     session = onnxruntime.InferenceSession(tmp_path / graph)
     table = model.model.language_model.embed_tokens.weight.detach().to(getattr(torch, dtype)).float()
-    for text, visual in ((7, 16), (12, 32), (5, 0)):
+    for text, visual in ((7, 16), (12, 32), (5, 1)):
         feeds = prompt_rows(text, visual)
         feeds["visual"] = feeds["visual"].astype(dtype)
         tokens, layers = session.run(["router_scores", "layer_scores"], feeds)
@@ -138,6 +139,19 @@ def test_graph_equals_module(checkpoint: Path, model: Any, tmp_path: Path, mask:
         assert tokens.shape == (visual,) and layers.shape == (LAYERS - FIRST,)
         np.testing.assert_allclose(tokens, expected[0], atol=1e-5)
         np.testing.assert_allclose(layers, expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_no_row_sees_the_filler_row(checkpoint: Path, tmp_path: Path, mask: Any) -> None:
+    """What the runtime feeds for a prompt without images is as if there were none."""
+    router = trained(checkpoint, tmp_path, mask).router
+    text, none = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)), torch.zeros(0)
+    positions = torch.arange(5)
+    _, wanted = router(text, torch.zeros(0, 64), positions, none.long())
+    _, found = router(text, torch.zeros(1, 64), positions, torch.tensor([NOWHERE]))
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    _, other = router(text, torch.zeros(1, 64), positions, torch.tensor([2]))
+    assert not np.allclose(other, wanted, atol=1e-4)
 
 
 def test_module_equals_plain_attention(full: Trained) -> None:
@@ -267,7 +281,8 @@ def test_a_target_builds_the_router_once(bundle: Bundle) -> None:
     assert found["par-0"]["router"] == found["par-1"]["router"]
     router, decoder = found["par-1"]["router"], found["par-1"]["decoder"]
     for name in ("input_ids", *ROWS):
-        assert router.ranges[name] == decoder.ranges[name]
+        assert router.ranges[name].max == decoder.ranges[name].max
+        assert min(router.ranges[name].min) >= 1
     assert len(router.sources["weights"]) == len(bundle.manifest.weights) + 1
 
 
