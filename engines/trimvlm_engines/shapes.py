@@ -141,8 +141,8 @@ def features_range(rows: int, width: int, limits: Limits) -> ShapeRange:
 
 
 def router_ranges(model: ModelSpec, limits: Limits) -> dict[str, ShapeRange]:
-    """Ranges of the router graph's inputs, which always has a visual row (`trimvlm.routing`); typical is one image,
-    as many rows as without an encoder stage."""
+    """Ranges of the router graph's inputs; it always has a visual row (`trimvlm.routing`). Typical is one
+    image, as many rows as without an encoder stage."""
     text = _rows((1,), (min(TYPICAL_TEXT, limits.text),), (limits.text,))
     visual = _rows((1,), (model.visual_tokens,), (limits.images * model.visual_tokens,))
     return {
