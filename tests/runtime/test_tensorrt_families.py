@@ -5,14 +5,15 @@ No GPU takes part.
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import msgspec
 import pytest
-from method_decisions import LAYERS
+from method_decisions import LAYERS, METHODS
 from PIL import Image
 from skimage import data
-from tensorrt_standin import StandIn
+from tensorrt_standin import RefusedError, StandIn
 from tiny_models import noise_image, tiny_llava
 from tiny_qwen import tiny_qwen
 
@@ -141,4 +142,38 @@ def test_a_router_chooses(standin: StandIn, routed: Path, on: str, turns: bool |
     half = len(answers) // 2
     assert answers[half:] == answers[:half]
     assert len(set(answers)) > 2
+    standin.device.assert_clean()
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With decoders that are never fed an empty tensor."""
+    directory = tmp_path_factory.mktemp("filled")
+    checkpoint = tiny_llava(directory / "model", layers=LAYERS)
+    name = "hidivdrop"
+    profile = Profile(
+        name=name, method=Method(name=name), model=model_spec(checkpoint), decisions=METHODS[name]
+    )
+    export(checkpoint, profile, directory / "bundle", filled=True)
+    return directory / "bundle"
+
+
+@pytest.mark.parametrize("on", [CARD, BOARD])
+def test_a_library_that_runs_no_empty_tensors(standin: StandIn, filled: Path, on: str) -> None:
+    """One field of the target is what a user changes then."""
+    standin.runs_empty = False
+
+    def answers(name: str) -> list[str]:
+        with Session.open(filled, target=name) as session:
+            return [
+                "".join(session.generate(text, [noise_image(1)][:images], max_new_tokens=8))
+                for text, images in ((QUESTIONS[0], 1), (QUESTIONS[1], 0))
+            ]
+
+    build(filled, target(on))
+    with pytest.raises(RefusedError, match="is empty, which this library does not run"):
+        answers(on)
+    build(filled, msgspec.structs.replace(target(on), empty_tensors=False))
+    assert answers(on) == answers("ort-cpu")
+    gc.collect()  # of the refusal's traceback
     standin.device.assert_clean()

@@ -90,6 +90,13 @@ class Bench:
         return self.bytes[:size].copy()
 
 
+def empty(bench: Bench) -> None:
+    assert bench.engine is not None
+    bench.engine._runs_empty = False
+    bench.prepare(1, 0)
+    bench.run()
+
+
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     return Bench(monkeypatch, tmp_path)
@@ -280,6 +287,7 @@ REFUSED: dict[str, tuple[Callable[[Bench], Any], str]] = {
         read_as_another_dtype,
         "float32 is read where an engine wrote float16",
     ),
+    "empty where empty is not run": (empty, r"before of \[0, 2\] is empty"),
     "output too small": (too_small, "40 bytes do not fit the 39"),
     "output over an input": (shared, "shares its memory"),
     "input never written": (never_written, "0 were written there"),

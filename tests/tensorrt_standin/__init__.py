@@ -69,7 +69,11 @@ class Runtime:
         if standin.device.used + found["weights"] > standin.device.memory:
             return self._refuse("Error Code 2: OutOfMemory (Requested size was not available)")
         return engine.Engine(
-            standin.device, found, hides_shapes=standin.hides_shapes, rtx=self._name == "tensorrt_rtx"
+            standin.device,
+            found,
+            hides_shapes=standin.hides_shapes,
+            runs_empty=standin.runs_empty,
+            rtx=self._name == "tensorrt_rtx",
         )
 
     def _refuse(self, why: str) -> None:
@@ -82,12 +86,13 @@ class StandIn:
     Attributes:
         cuda: the stand-in's `cudart`, whose attributes can be made to fail.
         hides_shapes: get_tensor_shape leaves out what is not fixed, as in TensorRT issue 4744.
+        runs_empty: tensors without elements are executed, which nobody has seen of the real ones.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, *, memory: int = 1 << 30, capability: str = "8.9") -> None:
         self.device = Device(memory)
         self.cuda = Cudart(self.device, "cuda.bindings.runtime")
-        self.hides_shapes = False
+        self.hides_shapes, self.runs_empty = False, True
         for name in VERSIONS:
             patch.setitem(sys.modules, name, self._module(name))
         packages = {name: ModuleType(name) for name in ("cuda", "cuda.bindings")}

@@ -91,8 +91,11 @@ class Graph:
 class Engine:
     """`ICudaEngine`. Its weights take device memory until nobody refers to it."""
 
-    def __init__(self, device: Device, plan: dict[str, Any], *, hides_shapes: bool, rtx: bool) -> None:
-        self._device, self._plan, self._hides_shapes = device, plan, hides_shapes
+    def __init__(
+        self, device: Device, plan: dict[str, Any], *, hides_shapes: bool, runs_empty: bool, rtx: bool
+    ) -> None:
+        self._device, self._plan = device, plan
+        self._hides_shapes, self._runs_empty = hides_shapes, runs_empty
         self._graph = Graph(plan["graph"])
         self._ranges: list[dict[str, Any]] = plan["ranges"]
         address = device.allocate(plan["weights"], f"weights of {plan['graph']}")
@@ -229,6 +232,8 @@ class Context:
             if name not in self._addresses:
                 raise RefusedError(f"{name} has no address")
             size = int(np.prod(shape, dtype=np.int64)) * graph.dtype(name).itemsize
+            if not (size or engine._runs_empty):
+                raise RefusedError(f"{name} of {list(shape)} is empty, which this library does not run")
             places[name] = (device.find(self._addresses[name], size, name), shape, size)
         scratch = [device.find(*self._memory, "device memory of a context")] if self._memory else []
         used = [place for place, _, _ in places.values()] + scratch
