@@ -46,8 +46,10 @@ class _Case(Value, frozen=True, kw_only=True):
 def changes(bundle: Bundle, profile: str, target: Target, request: Request) -> tuple[Change, ...]:
     """Single changes that make a profile fit, of each kind the smallest; else all kinds at once."""
     start = _Case(profile=profile, target=target, request=request, dtype=bundle.manifest.dtype)
-    kinds = _limits, _blocks, _text, _new_tokens, _images, _dtype, _profiles, _targets
-    tried = [_first(bundle, kind(bundle, start)) for kind in kinds]
+    exact = _first(bundle, _limits(bundle, start))
+    smaller = () if exact else (_text, _new_tokens, _images)  # a smaller request is no better than this one
+    kinds = (_blocks, *smaller, _dtype, _profiles, _targets)
+    tried = [exact, *(_first(bundle, kind(bundle, start)) for kind in kinds)]
     found = [change for change in tried if change is not None]
     return tuple(found) or tuple(filter(None, [_together(bundle, start)]))
 

@@ -118,9 +118,7 @@ def _problems(target: Target, memory: Memory, request: Request, dtype: Dtype) ->
             )
     if target.provider != CPU:
         for field, most in request.excess(target.limits).items():
-            found.append(
-                f"{field}: {getattr(request, field)} is more than limits.{field} {most} of its plans"
-            )
+            found.append(f"{field}: {getattr(request, field)} is more than its plans' limits.{field}, {most}")
     return found
 
 

@@ -120,15 +120,15 @@ def plans(bundle: Bundle, profile: str, target: str) -> list[Comparison]:
             f"{bundle.directory}: no engine of {profile} for {loaded.name}; make one with trimvlm build"
         )
     found = predict(bundle, profile, loaded, Request(), times=False)
-    sizes = {piece.name: piece.bytes for piece in found.memory.pieces}
+    engines = [piece for piece in found.memory.pieces if piece.name.endswith(" engine")]
     return [
         Comparison(
             profile=profile,
-            what=f"{role} plan",
-            predicted=sizes[f"{role} engine"],
-            measured=int(engine.measured[f"{role}_bytes"]),
+            what=piece.name,
+            predicted=piece.bytes,
+            measured=int(engine.measured[f"{piece.name.removesuffix(' engine')}_bytes"]),
         )
-        for role in engine.graphs
+        for piece in engines
     ]
 
 
