@@ -110,6 +110,8 @@ def _at_once(
     """What is had in one piece: an engine's weights (reported of TensorRT 10.3: docs/jetson.md), its
     activations, the keys or values of a layer."""
     for role, graph in graphs.items():
+        for name, weight in graph.weights.items():
+            yield Piece(name=f"weight {name}", bytes=weight.bytes, basis="counted")
         yield Piece(name=f"weights of the {role} engine", bytes=graph.weight_bytes, basis="assumed")
         yield Piece(name=f"activations of the {role} engine", bytes=apart[role], basis="assumed")
     yield Piece(name="keys or values of a layer", bytes=max(caches) // 2, basis="counted")
