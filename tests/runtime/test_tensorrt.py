@@ -298,7 +298,7 @@ def test_cuda_graphs_are_captured_where_asked(
     build(bundle, of(CARD))
     with Session.open(bundle, target=CARD, cuda_graph=wanted) as session:
         (backend,) = session._runner.backends.values()
-        strategies = {plan._context.config.cuda_graph_strategy for plan in backend._plans.values()}
+        strategies = {plan._context._config.cuda_graph_strategy for plan in backend._plans.values()}
         assert list(tokens(session)) == reference(bundle)
     assert strategies == {CudaGraphStrategy.WHOLE_GRAPH_CAPTURE if wanted else CudaGraphStrategy.DISABLED}
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import pytest
 from tensorrt_standin import Device, ILogger, RefusedError, Runtime, StandIn
 from tensorrt_standin.cudart import cudaError_t, cudaMemcpyKind
 from tensorrt_standin.engine import ExecutionContextAllocationStrategy as Strategy
+from tensorrt_standin.engine import OnnxParserRefitter, Refitter, RuntimeCache, RuntimeConfig
 from tensorrt_standin.plans import SCRATCH, write_plan
 
 UP, DOWN = cudaMemcpyKind.cudaMemcpyHostToDevice, cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -26,6 +31,20 @@ running (float[rows, 2] new, float[past, 2] before) => (float[total, 2] after, f
 """
 WIDE = {"new": [[0, 2], [1, 2], [4, 2]], "before": [[0, 2], [1, 2], [8, 2]]}
 NARROW = {"new": [[1, 2], [1, 2], [1, 2]], "before": [[0, 2], [1, 2], [8, 2]]}
+
+
+NAMES = Path(__file__).parent.parent / "data/tensorrt_running_names.json"
+HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None  # before the stand-in takes its place
+INSIDE = {"engine", "found", "refitter", "strategy", "cache", "version", "kernels"}  # of the stand-in
+
+
+def real(name: str) -> Any:
+    """The library itself, whose place the stand-in has taken."""
+    standin = sys.modules.pop(name)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.modules[name] = standin
 
 
 class Log(ILogger):
@@ -363,6 +382,29 @@ def test_weights_take_memory_as_long_as_their_engine_lives(bench: Bench) -> None
     assert bench.device.used > used  # the context refers to it
     del context
     assert bench.device.used == used
+
+
+def test_it_offers_only_what_the_real_libraries_have(bench: Bench) -> None:
+    """Names of classic TensorRT from its bindings, of TensorRT-RTX from the library where it is installed."""
+    known = set(json.loads(NAMES.read_text())["everywhere"])
+    rtx = real("tensorrt_rtx") if HAS_RTX else None
+    kinds = {
+        "Runtime": bench.runtime,
+        "ICudaEngine": bench.engine,
+        "IExecutionContext": bench.context,
+        "Refitter": Refitter(bench.engine, bench.log),  # type: ignore[arg-type]
+        "OnnxParserRefitter": OnnxParserRefitter(None, bench.log),  # type: ignore[arg-type]
+    }
+    for kind, made in kinds.items():
+        offered = {name for name in dir(made) if not name.startswith("_")} - INSIDE
+        assert offered and offered <= known, kind
+        assert not rtx or offered <= set(dir(getattr(rtx, kind))), kind
+    for name in ("IRuntimeConfig", "IRuntimeCache") if rtx else ():
+        made = RuntimeConfig({"version": ""}) if name == "IRuntimeConfig" else RuntimeCache("")
+        offered = {each for each in dir(made) if not each.startswith("_")} - INSIDE
+        assert offered <= set(dir(getattr(rtx, name))), name
+    classic = sys.modules["tensorrt"]
+    assert {name for name in vars(classic) if not name.startswith("_")} <= known
 
 
 def test_devices_are_apart() -> None:

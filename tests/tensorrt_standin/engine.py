@@ -104,7 +104,7 @@ class Engine:
         self.num_io_tensors = len(self._graph.inputs) + len(self._graph.outputs)
         self.num_optimization_profiles = len(self._ranges)
         self.device_memory_size_v2: int = plan["scratch"]
-        self.weightless: bool = plan["stripped"]
+        self._weightless: bool = plan["stripped"]
         if rtx:
             self.create_runtime_config = lambda: RuntimeConfig(plan)
 
@@ -132,7 +132,7 @@ class Engine:
     def create_execution_context(self, strategy: Any = None, *, runtime_config: Any = None) -> Context:
         if (strategy is None) == (runtime_config is None):
             raise RefusedError("a context takes a strategy or a runtime config")
-        if self.weightless:
+        if self._weightless:
             raise RefusedError("the plan has no weights, and none were put in")
         return Context(self, strategy or runtime_config.strategy, runtime_config)
 
@@ -152,7 +152,7 @@ class Context:
     """`IExecutionContext`."""
 
     def __init__(self, engine: Engine, strategy: Any, config: RuntimeConfig | None) -> None:
-        self.engine, self.config = engine, config
+        self.engine, self._config = engine, config
         self._managed = strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         self._range, self._shapes = 0, {}
         self._addresses: dict[str, int] = {}
@@ -256,8 +256,8 @@ class Context:
                 memory.filled, memory.dtype = size, str(graph.dtype(name))
 
         device.queue(stream, Work(f"a run of {engine._plan['graph']}", used, run))
-        if self.config and self.config.cache:
-            self.config.cache.kernels.add(str(sorted(self._shapes.items())))
+        if self._config and self._config.cache:
+            self._config.cache.kernels.add(str(sorted(self._shapes.items())))
         return True
 
 
@@ -305,7 +305,7 @@ class Refitter:
         self.engine, self.found = engine, False
 
     def refit_cuda_engine(self) -> bool:
-        self.engine.weightless = self.engine.weightless and not self.found
+        self.engine._weightless = self.engine._weightless and not self.found
         return self.found
 
 
