@@ -9,6 +9,7 @@ from random import Random
 import onnx
 import pytest
 from method_decisions import LAYERS, METHODS
+from operator_list import refused
 from random_decisions import random_decisions
 from tiny_models import tiny_llava
 from whole_and_split import assert_same_answers
@@ -157,3 +158,14 @@ def test_graph_that_says_no_type_where_it_is_cut(exported: Path) -> None:
     del model.graph.value_info[:]
     with pytest.raises(UserError, match=r"does not say the type of \w+.*; export it again"):
         cut(model, 2)
+
+
+@pytest.mark.parametrize("method", ["dense", "fastv+v-skip", "hidivdrop"])
+def test_tensorrt_10_3_knows_every_operator(exported: Path, tmp_path: Path, method: str) -> None:
+    bundle = Bundle(exported)
+    entry = bundle.manifest.profiles[method]
+    schedule = Schedule.resolve(bundle.profile(method), entry.model)
+    graph = bundle.path(entry.decoders["primitive"])
+    for piece in split(graph, schedule, layers_per_engine=2, lm_head_columns=24):
+        (tmp_path / "piece.onnx").write_bytes(piece.graph or b"")
+        assert refused(tmp_path / "piece.onnx") == [], piece.role
