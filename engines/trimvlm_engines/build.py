@@ -19,6 +19,7 @@ from trimvlm_engines.library import Library, Work, open_library
 from trimvlm_engines.memory import Peak
 from trimvlm_engines.parts import Part, Role, parts
 from trimvlm_engines.progress import Progress
+from trimvlm_engines.quantizing import ensure
 from trimvlm_engines.shapes import plain
 
 __all__ = ["Made", "Part", "Role", "build", "check", "find", "make", "parts", "wanted_options"]
@@ -74,7 +75,11 @@ def build(
         bundle.check(file for file in bundle.manifest.files if file.endswith(".safetensors"))
         library = open_library(target)
         made: dict[Role, Made] = {}
-        for role, part in parts(bundle, name, entry, target).items():
+        todo = parts(bundle, name, entry, target)
+        if wanted := next((part.store for part in todo.values() if part.store), None):
+            bundle = ensure(bundle, wanted)
+            todo = parts(bundle, name, entry, target)
+        for role, part in todo.items():
             found = find(bundle.manifest, target, library, role, part)
             if found is None:
                 tell(role, "building")
@@ -111,6 +116,8 @@ def check(bundle: Bundle, target: Target) -> None:
             f"runs {dtype} (trimvlm targets)"
         )
     weights = sum(bundle.manifest.files[name].bytes for name in bundle.manifest.weights)
+    if target.weights:  # at least; embeddings and vision stay as they are
+        weights = weights * target.weights.bits // (32 if dtype == "float32" else 16)
     if target.memory_gb is not None and weights > target.memory_gb * 2**30:
         raise UserError(
             f"{bundle.directory}: {weights / 2**30:.1f} GiB of weights do not fit target {target.name} with "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from trimvlm.bundle import Bundle, Entry
 from trimvlm.errors import UserError
@@ -12,6 +14,7 @@ from trimvlm.images import pixel_shape
 from trimvlm.schedule import Schedule
 from trimvlm.target import Target
 from trimvlm.value import Value
+from trimvlm_engines.quantizing import QUANTIZED, quantize
 from trimvlm_engines.shapes import (
     ShapeRange,
     decoder_ranges,
@@ -21,6 +24,9 @@ from trimvlm_engines.shapes import (
     split,
 )
 from trimvlm_engines.splitting import pieces
+
+if TYPE_CHECKING:
+    from trimvlm_engines.quantizing.store import Store
 
 Role = str  # `vision`, `projector`, `router`, `decoder`, or of blocks of layers `decoder.0`, ...
 
@@ -35,6 +41,7 @@ class Part(Value, frozen=True, kw_only=True):
         ranges: shape ranges of its inputs.
         sources: hashes of everything that goes into it.
         phases: ranges of prefill and of decode, where the target wants them split.
+        store: quantised weights that the graph reads (`trimvlm_engines.quantizing`).
     """
 
     graph: str
@@ -43,6 +50,7 @@ class Part(Value, frozen=True, kw_only=True):
     ranges: dict[str, ShapeRange]
     sources: dict[str, Any]
     phases: tuple[dict[str, ShapeRange], ...] = ()
+    store: Store | None = None
 
 
 def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role, Part]:
@@ -84,13 +92,25 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
         )
     ranges = decoder_ranges(schedule, target.limits, filled=not target.empty_tensors)
     phases = split(ranges) if target.ranges == "split" else ()
-    for piece in pieces(bundle.path(decoder), target.limits, ranges, phases):
+    stores: list[Store] = []
+
+    def rewrite(model: Any) -> dict[str, Any]:
+        stores.append(quantize(model, bundle, target))
+        return {QUANTIZED: {**msgspec.to_builtins(target.weights), "file": stores[0].name}}
+
+    whole = bundle.path(decoder)
+    made = pieces(whole, target.limits, ranges, phases, rewrite if target.weights else None)
+    for store in stores:  # a file that is still to be made has no hash
+        if store.name in manifest.files:
+            weights |= {store.name: manifest.files[store.name].sha256}
+    for piece in made:
         found[piece.role] = Part(
             graph=f"{name}.{target.name}.{piece.role}.onnx" if piece.graph else decoder,
             made=piece.graph,
             plan=f"{name}.{target.name}.{piece.role}.engine",
             ranges=piece.ranges,
             phases=piece.phases,
+            store=stores[0] if stores else None,
             sources={
                 "graph": manifest.files[decoder].sha256,
                 "weights": weights,

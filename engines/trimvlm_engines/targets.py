@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from trimvlm.errors import UserError
-from trimvlm.target import Target
+from trimvlm.target import Target, Tested, Weights
 
 SHIPPED = Path(__file__).parent / "targets"
 DEFAULT = "ort-cpu"
@@ -24,6 +24,9 @@ def load(name_or_path: str | Path) -> Target:
     if text.endswith((".yaml", ".yml")):
         return parse(Path(text))
     names = _names()
+    name, _, bits = text.rpartition("-int")
+    if name in names and text not in names and bits in ("4", "8"):
+        return quantized(parse(SHIPPED / f"{name}.yaml"), Weights(bits=4 if bits == "4" else 8))
     if text not in names:
         near = difflib.get_close_matches(text, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -31,6 +34,13 @@ def load(name_or_path: str | Path) -> Target:
             f"no target {text!r}; {hint}known are {', '.join(names)}, and any path to a .yaml of your own"
         )
     return parse(SHIPPED / f"{text}.yaml")
+
+
+def quantized(target: Target, weights: Weights) -> Target:
+    """The same device with quantised weights. What was done on it was done without."""
+    return msgspec.structs.replace(
+        target, name=f"{target.name}-int{weights.bits}", weights=weights, tested=Tested()
+    )
 
 
 def shipped() -> list[Target]:

@@ -77,6 +77,21 @@ class PlanOptions(Value, frozen=True, kw_only=True):
             )
 
 
+class Weights(Value, frozen=True, kw_only=True):
+    """How the weights of a decoder's matrices are stored and read; see `trimvlm_engines.quantizing`.
+
+    Attributes:
+        bits: of each weight.
+        block: consecutive weights of a row that share a scale.
+        activations: what they are multiplied with: `float`, as the graph computes; `int8`: activations are
+            rounded too, block by block, which is faster and less exact (ONNX Runtime).
+    """
+
+    bits: Literal[4, 8]
+    block: Literal[16, 32, 64, 128] = 32
+    activations: Literal["float", "int8"] = "float"
+
+
 class Tested(Value, frozen=True, kw_only=True):
     """What was done for a Target and with what; None: never done.
 
@@ -117,6 +132,7 @@ class Target(Value, frozen=True, kw_only=True):
         compute_capability: SM of the GPU, e.g. `8.9`; None where nothing is built for one.
         build_on_device: the plan must be built on this very device (classic TensorRT).
         ranges: `joint`: one range of shapes for prefill and decode; `split`: one each.
+        weights: how the weights of the decoder's matrices are quantised; None: not at all.
         plan: how plans are made.
         memory_gb: usable memory in GiB; on a Jetson what Linux shows, which the system needs a part of.
         bandwidth_gb_s: of that memory, from the datasheet.
@@ -139,6 +155,7 @@ class Target(Value, frozen=True, kw_only=True):
     compute_capability: str | None = None
     build_on_device: bool = False
     ranges: Literal["joint", "split"] = "joint"
+    weights: Weights | None = None
     plan: PlanOptions = PlanOptions()
     memory_gb: float | None = None
     bandwidth_gb_s: float | None = None
@@ -199,6 +216,8 @@ class Target(Value, frozen=True, kw_only=True):
             found["ranges"] = "ONNX Runtime takes any shape; leave it out"
         if onnx and self.plan != PlanOptions():
             found["plan"] = "ONNX Runtime has no plans; leave it out"
+        if not onnx and self.weights and self.weights.activations != "float":
+            found["weights"] = "activations: only ONNX Runtime rounds them to int8; leave it out"
         if rtx and self.plan.version_compatible:
             found["plan"] = (
                 "version_compatible: a TensorRT-RTX plan belongs to the very release that built it; leave it "

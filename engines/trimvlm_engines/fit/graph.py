@@ -13,7 +13,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from trimvlm.errors import UserError
-from trimvlm_engines.fit.outcomes import SMALL, Kind, Outcomes, Shape
+from trimvlm_engines.fit.outcomes import MATMUL_N_BITS, SMALL, Kind, Outcomes, Shape
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -154,6 +154,8 @@ class Graph:
         return kinds, values
 
     def _bytes_of(self, tensor: TensorProto) -> int:
+        if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
+            return math.prod(tensor.dims) // 2
         return math.prod(tensor.dims) * self._item(tensor.data_type)
 
     def _item(self, kind: int) -> int:
@@ -164,7 +166,7 @@ class Graph:
 
 
 def _flops(node: NodeProto, kinds: Mapping[str, Kind]) -> int:
-    if node.op_type not in ("Gemm", "MatMul", "Conv", "Attention"):
+    if node.op_type not in ("Gemm", "MatMul", MATMUL_N_BITS, "Conv", "Attention"):
         return 0
     first, second, out = (kinds[name].shape for name in (node.input[0], node.input[1], node.output[0]))
     if node.op_type == "Attention":  # q [1, H, R, C], k [1, G, S, C]

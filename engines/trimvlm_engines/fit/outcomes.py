@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from trimvlm.errors import UserError
 
 Shape = tuple[int, ...]
+MATMUL_N_BITS = "MatMulNBits"  # ONNX Runtime's own, of which onnx knows no rule
 SMALL = 64  # elements: no shape has more, and nothing larger is computed
 
 
@@ -62,6 +63,9 @@ class Outcomes:
         self, node: NodeProto, kinds: Mapping[str, Kind], values: Mapping[str, np.ndarray]
     ) -> dict[str, Kind]:
         """Types of a node's outputs, every dimension known."""
+        if node.op_type == MATMUL_N_BITS:
+            rows, kind = helper.get_node_attr_value(node, "N"), kinds[node.input[0]]
+            return {node.output[0]: Kind(kind.elements, (*kind.shape[:-1], rows))}
         schema = onnx.defs.get_schema(node.op_type, self._opsets[node.domain], node.domain)
         reason = ""
         try:

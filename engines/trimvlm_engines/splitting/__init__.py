@@ -5,7 +5,7 @@ Made at build time from the bundle's graph; weights stay where they are. Needs t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx
 
 Ranges = Mapping[str, ShapeRange]
+Rewrite = Callable[["onnx.ModelProto"], dict[str, Any]]
 
 
 class Piece(NamedTuple):
@@ -37,26 +38,33 @@ class Piece(NamedTuple):
     phases: tuple[dict[str, ShapeRange], ...]
 
 
-def pieces(graph: Path, limits: Limits, ranges: Ranges, phases: Sequence[Ranges] = ()) -> list[Piece]:
+def pieces(
+    graph: Path,
+    limits: Limits,
+    ranges: Ranges,
+    phases: Sequence[Ranges] = (),
+    rewrite: Rewrite | None = None,
+) -> list[Piece]:
     """The decoder graphs to build for a target with these limits.
 
     Args:
         graph: the bundle's decoder graph.
         ranges, phases: of its inputs.
+        rewrite: what else is done to the graph before it is cut.
 
     Raises:
         UserError: onnx is not installed, or the graph cannot be cut.
     """
     rows, layers = limits.lm_head_columns, limits.layers_per_engine
     whole = Piece("decoder", None, {}, dict(ranges), tuple(dict(phase) for phase in phases))
-    if rows is None and layers is None:
+    if rows is None and layers is None and rewrite is None:
         return [whole]
     try:
         import onnx
     except ModuleNotFoundError:
         raise UserError(
-            "limits: lm_head_columns and layers_per_engine need the package onnx; pip install onnx, or leave "
-            "them out of the target"
+            "limits.lm_head_columns, limits.layers_per_engine and weights need the package onnx; pip install "
+            "onnx, or leave them out of the target"
         ) from None
     from trimvlm_engines.splitting.vocabulary import split_vocabulary
 
@@ -64,8 +72,10 @@ def pieces(graph: Path, limits: Limits, ranges: Ranges, phases: Sequence[Ranges]
     how: dict[str, Any] = {}
     if rows is not None and split_vocabulary(model, rows):
         how["lm_head_columns"] = rows
+    said = rewrite(model) if rewrite else {}
     if layers is None:
-        return [whole._replace(graph=model.SerializeToString(), how={"split": how})] if how else [whole]
+        said |= {"split": how} if how else {}
+        return [whole._replace(graph=model.SerializeToString(), how=said)] if said else [whole]
     from trimvlm_engines.splitting.blocks import cut
 
     blocks = cut(model, layers)
@@ -74,7 +84,7 @@ def pieces(graph: Path, limits: Limits, ranges: Ranges, phases: Sequence[Ranges]
         Piece(
             role=f"decoder.{number}",
             graph=block.SerializeToString(),
-            how={"split": {**how, "layers_per_engine": layers, "blocks": len(blocks)}},
+            how={**said, "split": {**how, "layers_per_engine": layers, "blocks": len(blocks)}},
             ranges=_of(block, given[0]),
             phases=tuple(_of(block, each) for each in given[1:]),
         )

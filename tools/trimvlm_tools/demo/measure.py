@@ -8,6 +8,7 @@ from statistics import median
 import numpy as np
 
 from trimvlm.bundle import Bundle
+from trimvlm.opening import ORT_CPU
 from trimvlm.profile import layer_numbers
 from trimvlm.schedule import Schedule
 from trimvlm.session import Session
@@ -38,11 +39,11 @@ class Measured(Value, frozen=True, kw_only=True):
     tokens_per_second: float | None
 
 
-def measure(bundle: Bundle, profile: str, questions: Sequence[Sample]) -> Measured:
+def measure(bundle: Bundle, profile: str, questions: Sequence[Sample], target: str = ORT_CPU) -> Measured:
     """Asks all questions, after a warm-up."""
     right: list[bool] = []
     timings, text_rows = [], []
-    with Session.open(bundle, profile) as session:
+    with Session.open(bundle, profile, target) as session:
         for number, question in enumerate([*questions[:WARM_UP], *questions]):
             answer = "".join(session.generate(question.question, [question.image], max_new_tokens=16))
             if number < WARM_UP:

@@ -9,6 +9,7 @@ from typing import Any
 from trimvlm.accounting import kv_bytes_per_layer, mac2
 from trimvlm.bundle import MANIFEST, Bundle
 from trimvlm.errors import UserError
+from trimvlm.opening import ORT_CPU
 from trimvlm.parity import ParityReport
 from trimvlm.profile import Decisions, Profile
 from trimvlm.schedule import Schedule, resolve
@@ -23,6 +24,7 @@ from trimvlm_tools.demo.measure import Measured, measure, survivors
 from trimvlm_tools.demo_data import write_samples
 from trimvlm_tools.demo_model import CHECKPOINT
 from trimvlm_tools.parity.check import HuggingFace, check
+from trimvlm_tools.parity.quantized import quantized
 
 # Methods with the parameters in which the demo model needs others than published: it has 12 layers, and the
 # first three do not know yet what the question asks for.
@@ -67,12 +69,15 @@ class DemoResult(Value, frozen=True, kw_only=True):
     machine: dict[str, Any]
 
 
-def demo(out: Path, *, questions: int, step: Callable[[str], None] = lambda line: None) -> DemoResult:
+def demo(
+    out: Path, *, questions: int, target: str = ORT_CPU, step: Callable[[str], None] = lambda line: None
+) -> DemoResult:
     """Runs every method through the pipeline. What an earlier run made of the same inputs is kept.
 
     Args:
         out: directory for profiles, bundle and samples.
         questions: held-out questions that accuracy and times are measured on.
+        target: that runs the graphs, one of ONNX Runtime's.
         step: called with a line about what was just done.
 
     Raises:
@@ -90,13 +95,14 @@ def demo(out: Path, *, questions: int, step: Callable[[str], None] = lambda line
         step(f"{method}: profile")
         if not _exported(bundle_dir, profile):
             export(CHECKPOINT, profile, bundle_dir)
-        build(bundle_dir, "ort-cpu", profile.name)
+        build(bundle_dir, target, profile.name)
         step(f"{method}: graphs")
         bundle = Bundle(bundle_dir)
-        hf = hf or HuggingFace(bundle)
-        parity = check(bundle, profile.name, draw(held_out, PARITY, seed=0), data="demo", hf=hf)
+        hf = hf or HuggingFace(bundle, None, quantized(bundle.entry(profile.name)[1], target))
+        some = draw(held_out, PARITY, seed=0)
+        parity = check(bundle, profile.name, some, data="demo", hf=hf, target=target)
         step(f"{method}: parity {parity.verdict}")
-        measured = measure(bundle, profile.name, held_out)
+        measured = measure(bundle, profile.name, held_out, target)
         step(f"{method}: {measured.exact_match:.1%} exact match")
         schedule = Schedule.resolve(profile, spec)
         text = measured.text_rows

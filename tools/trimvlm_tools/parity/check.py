@@ -12,6 +12,7 @@ import numpy as np
 from trimvlm.bundle import Bundle
 from trimvlm.encoder_rules import EncoderStage
 from trimvlm.images import pixel_std
+from trimvlm.opening import ORT_CPU
 from trimvlm.parity import Metric, ParityReport, Rung
 from trimvlm.profile import Decisions, Grid
 from trimvlm.schedule import Schedule, resolve
@@ -21,6 +22,7 @@ from trimvlm_tools.parity.answer import Answer
 from trimvlm_tools.parity.choices import thresholds_of
 from trimvlm_tools.parity.compare import LIMITS, Worst, kl, max_abs
 from trimvlm_tools.parity.goldens import write_goldens
+from trimvlm_tools.parity.quantized import Codes, quantized, take_codes
 from trimvlm_tools.parity.rounded import runnable
 from trimvlm_tools.parity.router import Score, make_router
 
@@ -35,6 +37,7 @@ def check(
     advance: Callable[[str], None] = lambda step: None,
     goldens: int = 0,
     hf: HuggingFace | None = None,
+    target: str = ORT_CPU,
 ) -> ParityReport:
     """Climbs the ladder.
 
@@ -47,6 +50,8 @@ def check(
         advance: called after each question.
         hf: the bundle's checkpoint, where it is loaded already.
         goldens: so many of the questions are kept in the bundle as goldens, if the verdict is PASS.
+        target: that runs the graph; with quantised weights the reference computes with the values that the
+            codes stand for, and `hf` must be for the same.
 
     Returns:
         The report; its `verdict` is the gate.
@@ -56,15 +61,16 @@ def check(
     pruning = bundle.profile(name)
     schedule, stage = Schedule.resolve(pruning, entry.model), pruning.decisions.encoder
     dense = resolve(Decisions(), entry.model)
-    hf = hf or HuggingFace(bundle, entry.model.grid)
+    codes = quantized(entry, target)
+    hf = hf or HuggingFace(bundle, entry.model.grid, codes)
     router = make_router(bundle, pruning, hf.model)
-    limits = LIMITS[manifest.dtype]
+    limits = LIMITS["int8 activations" if codes and codes.activations == "int8" else manifest.dtype]
     plain = Worst(LIMITS["float32"])
     free, forced = (Worst(limits, thresholds_of(schedule)) for _ in range(2))
     chooses = bool(schedule.stages or schedule.skip_stages or stage)
     effect_kl, effect_tokens, pixels = [], 0, 0.0
     kept: list[tuple[Sample, Answer]] = []
-    with runnable(bundle) as graphs, Session.open(graphs, name) as session:
+    with runnable(bundle) as graphs, Session.open(graphs, name, target) as session:
         for question in questions:
             inputs = hf.inputs(question)
             untouched, dense_answer = hf.dense(question, dense, max_new_tokens)
@@ -93,6 +99,7 @@ def check(
     )
     pixel_metric = Metric(name="pixels max abs (of 0..1)", value=pixels, limit=1 / 255)
     graph = "graph" if graphs is bundle else "graph, rounded after every operator"
+    graph = f"{graph} of {target}" if target != ORT_CPU else graph
     rungs = [
         Rung(name="dense HF -> reference, nothing pruned", metrics=plain.metrics()),
         Rung(name=f"reference -> {graph}, free running", metrics=(pixel_metric, *free.metrics())),
@@ -122,14 +129,17 @@ def check(
 
 
 class HuggingFace:
-    """The checkpoint inside a bundle, loaded in float32 by transformers, for images of one grid."""
+    """The checkpoint inside a bundle, loaded in float32 by transformers, for images of one grid; with `codes`
+    its matrices are what quantised weights stand for."""
 
-    def __init__(self, bundle: Bundle, grid: Grid | None = None) -> None:
+    def __init__(self, bundle: Bundle, grid: Grid | None = None, codes: Codes | None = None) -> None:
         from trimvlm_export.loading import Preparation, load_model
 
         directory = bundle.path(bundle.manifest.weights[0]).parent
         self.prepare = Preparation(directory, grid)
         self.model: Any = load_model(directory)
+        if codes:
+            take_codes(self.model, bundle, codes)
         self._dense: dict[Any, tuple[Answer, Answer]] = {}
 
     def dense(self, question: Sample, dense: Schedule, max_new_tokens: int) -> tuple[Answer, Answer]:

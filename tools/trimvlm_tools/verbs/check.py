@@ -34,7 +34,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare with the bundle's goldens, without torch",
     )
-    parser.add_argument("--target", default="ort-cpu", metavar="T", help="with --goldens (default ort-cpu)")
+    parser.add_argument(
+        "--target",
+        default="ort-cpu",
+        metavar="T",
+        help="that runs the graph; without --goldens one of ONNX Runtime's (default ort-cpu)",
+    )
     parser.add_argument(
         "--polygraphy",
         type=Path,
@@ -53,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--samples: {args.samples} is not a positive number")
     if args.polygraphy and not args.goldens:
         raise UserError("--polygraphy: goes with --goldens, which are what it writes")
+    if args.write_goldens and args.target != "ort-cpu":
+        raise UserError("--write-goldens: goldens are of the checkpoint's own weights; leave out --target")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: {args.max_new_tokens} is not a positive number")
     bundle = Bundle(args.bundle)
@@ -89,15 +96,17 @@ def from_reference(bundle: Bundle, names: list[str], args: argparse.Namespace) -
     from trimvlm_calib.samples import draw, load_samples
     from trimvlm_tools.demo_data import demo_samples
     from trimvlm_tools.parity.check import HuggingFace, check
+    from trimvlm_tools.parity.quantized import quantized
 
     reports: list[ParityReport] = []
     loaded: dict[Any, HuggingFace] = {}
     with demo_samples(args.data, "test", args.samples) as folder:
         questions = draw(load_samples(folder), args.samples, seed=0)
         for name in names:
-            grid = bundle.entry(name)[1].model.grid
-            if grid not in loaded:
-                loaded = {grid: HuggingFace(bundle, grid)}
+            entry = bundle.entry(name)[1]
+            key = entry.model.grid, quantized(entry, args.target)
+            if key not in loaded:
+                loaded = {key: HuggingFace(bundle, *key)}
             with console.progress(f"check {name}", total=len(questions)) as advance:
                 goldens = GOLDENS if args.write_goldens else 0
                 report = check(
@@ -108,7 +117,8 @@ def from_reference(bundle: Bundle, names: list[str], args: argparse.Namespace) -
                     max_new_tokens=args.max_new_tokens,
                     advance=advance,
                     goldens=goldens,
-                    hf=loaded[grid],
+                    hf=loaded[key],
+                    target=args.target,
                 )
                 reports.append(report)
                 bundle = Bundle(args.bundle)  # its manifest may have gained goldens

@@ -20,6 +20,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions", type=int, default=200, metavar="N", help="held-out questions (default 200)"
     )
+    parser.add_argument(
+        "--target", default="ort-cpu", metavar="T", help="that runs the graphs: ort-cpu, ort-cpu-int4, ..."
+    )
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
 
 
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.questions < PARITY:
         raise UserError(f"--questions: {args.questions} is too few, parity alone asks {PARITY}")
     with console.progress("demo", total=4 * len(METHODS)) as step:
-        result = demo(args.out, questions=args.questions, step=step)
+        result = demo(args.out, questions=args.questions, target=args.target, step=step)
     write_report(result, args.out / "report.html")
     write_pictures(result, args.out)
     if args.json:

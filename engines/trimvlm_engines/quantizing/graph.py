@@ -1,0 +1,107 @@
+"""A decoder graph that reads quantised weights, in the form that its library has kernels for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+from onnx import NodeProto, TensorProto, helper
+
+from trimvlm_engines.quantizing.store import Matrix, Store
+
+OPSET = 21  # the first with DequantizeLinear of blocks
+IR_VERSION = 10  # the first with 4-bit integers
+CONTRIB = "com.microsoft"
+
+
+def quantize_graph(model: onnx.ModelProto, store: Store) -> None:
+    """Makes the Gemms of a store's matrices read its file, in place.
+
+    In the form `matmul` they become ONNX Runtime's MatMulNBits, which never makes the weights again; in the
+    form `dequantize` they get the standard's DequantizeLinear before them, which TensorRT takes into its
+    kernel. Both read weights row by row, as they lie in the checkpoint.
+    """
+    graph, found = model.graph, {each.name: each for each in store.matrices}
+    nodes: list[NodeProto] = []
+    seen: set[str] = set()
+    for node in graph.node:
+        matrix = found.get(node.input[1]) if node.op_type == "Gemm" else None
+        if matrix is None:
+            nodes.append(node)
+            continue
+        options = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        assert options.get("transB") and not options.get("transA"), node.name
+        assert options.get("alpha", 1.0) == options.get("beta", 1.0) == 1.0, node.name
+        if matrix.name not in seen:
+            seen.add(matrix.name)
+            graph.initializer.extend(_tensors(matrix, store))
+            nodes += [_dequantize(matrix, store)] if store.form == "dequantize" else []
+        nodes += [_gemm(node, matrix)] if store.form == "dequantize" else _matmul(node, matrix, store)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    if store.form == "matmul":
+        model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+    else:
+        (standard,) = (each for each in model.opset_import if each.domain == "")
+        standard.version = max(standard.version, OPSET)
+        model.ir_version = max(model.ir_version, IR_VERSION)
+
+
+def _tensors(matrix: Matrix, store: Store) -> list[TensorProto]:
+    """Codes and scales as the store's operator takes them."""
+    rows, bits, blocks = matrix.rows, store.weights.bits, matrix.width // store.weights.block
+    if store.form == "matmul":
+        codes, kind = (rows, blocks, store.weights.block * bits // 8), TensorProto.UINT8
+        scales: Sequence[int] = (rows * blocks,)
+    else:
+        codes, kind = (rows, matrix.width), TensorProto.INT4 if bits == 4 else TensorProto.INT8
+        scales = (rows, blocks)
+    return [
+        _external(store, f"{matrix.name}.codes", kind, codes),
+        _external(store, f"{matrix.name}.scales", matrix.kind, scales),
+    ]
+
+
+def _external(store: Store, name: str, kind: int, shape: Sequence[int]) -> TensorProto:
+    tensor, place = TensorProto(name=name, data_type=kind, dims=shape), store.place(name)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", store.name), ("offset", place.offset), ("length", place.length)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _matmul(node: NodeProto, matrix: Matrix, store: Store) -> list[NodeProto]:
+    (result,), biased = node.output, len(node.input) > 2
+    product = f"{result}.product" if biased else result
+    made = helper.make_node(
+        "MatMulNBits",
+        [node.input[0], f"{matrix.name}.codes", f"{matrix.name}.scales"],
+        [product],
+        name=product,
+        domain=CONTRIB,
+        K=matrix.width,
+        N=matrix.rows,
+        bits=store.weights.bits,
+        block_size=store.weights.block,
+        accuracy_level=4 if store.weights.activations == "int8" else 1,
+    )
+    add = helper.make_node("Add", [product, node.input[2]], [result], name=result) if biased else None
+    return [made, add] if add else [made]
+
+
+def _dequantize(matrix: Matrix, store: Store) -> NodeProto:
+    made = f"{matrix.name}.values"
+    inputs = [f"{matrix.name}.codes", f"{matrix.name}.scales"]
+    block = store.weights.block
+    return helper.make_node("DequantizeLinear", inputs, [made], name=made, axis=1, block_size=block)
+
+
+def _gemm(node: NodeProto, matrix: Matrix) -> NodeProto:
+    made = NodeProto()
+    made.CopyFrom(node)
+    made.input[1] = f"{matrix.name}.values"
+    return made

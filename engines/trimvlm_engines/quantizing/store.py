@@ -1,0 +1,125 @@
+"""The file of quantised weights: which matrices of a graph it holds, and where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from trimvlm.target import Weights
+from trimvlm_engines.quantizing.codes import pack, quantize
+
+CHUNK = 1 << 24  # values that are quantised at a time
+ALIGNMENT = 64  # bytes of the file's header are a multiple of it
+# Types of weights, and of their scales: what the graph computes in.
+TYPES: dict[int, tuple[str, np.dtype[Any]]] = {
+    TensorProto.FLOAT: ("F32", np.dtype(np.float32)),
+    TensorProto.FLOAT16: ("F16", np.dtype(np.float16)),
+    TensorProto.BFLOAT16: ("BF16", np.dtype(ml_dtypes.bfloat16)),
+}
+
+Form = Literal["matmul", "dequantize"]
+
+
+class Matrix(NamedTuple):
+    """A weight [rows, width] of a Gemm, in the bundle's weight files; `kind` is ONNX's type."""
+
+    name: str
+    kind: int
+    rows: int
+    width: int
+    location: str
+    offset: int
+
+    def read(self, directory: Path) -> NDArray[Any]:
+        """[rows, width], mapped."""
+        dtype = TYPES[self.kind][1]
+        return np.memmap(directory / self.location, dtype, "r", self.offset, (self.rows, self.width))
+
+
+def matrices(model: onnx.ModelProto, weights: Weights) -> tuple[Matrix, ...]:
+    """Weights of the graph's Gemms whose rows are whole blocks; others stay as they are."""
+    read = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
+    found: list[Matrix] = []
+    for tensor in model.graph.initializer:
+        if tensor.name not in read or tensor.data_location != TensorProto.EXTERNAL or len(tensor.dims) != 2:
+            continue
+        rows, width = tensor.dims
+        if tensor.data_type in TYPES and width % weights.block == 0:
+            said = {entry.key: entry.value for entry in tensor.external_data}
+            place = said["location"], int(said.get("offset", 0))
+            found.append(Matrix(tensor.name, tensor.data_type, rows, width, *place))
+    return tuple(sorted(found))  # the same file for graphs with the same matrices
+
+
+class Place(NamedTuple):
+    """Where a tensor is in the file, in bytes."""
+
+    offset: int
+    length: int
+
+
+class Store:
+    """A file of quantised weights (safetensors), made or to be made.
+
+    Its tensors are `<weight>.codes` [rows, width * bits / 8] and `<weight>.scales` [rows, width / block].
+
+    Attributes:
+        name: of the file in the bundle.
+        weights, form: how they are quantised, and for which operator.
+    """
+
+    def __init__(self, name: str, weights: Weights, form: Form, matrices: tuple[Matrix, ...]) -> None:
+        self.name, self.weights, self.form, self.matrices = name, weights, form, matrices
+
+    @cached_property
+    def _header(self) -> tuple[bytes, dict[str, Place]]:
+        said: dict[str, Any] = {}
+        end, bits, block = 0, self.weights.bits, self.weights.block
+        for each in self.matrices:
+            kind, dtype = TYPES[each.kind]
+            for part, stored, width, size in (
+                ("codes", "U8", each.width * bits // 8, 1),
+                ("scales", kind, each.width // block, dtype.itemsize),
+            ):
+                begin, end = end, end + each.rows * width * size
+                where = {"dtype": stored, "shape": [each.rows, width], "data_offsets": [begin, end]}
+                said[f"{each.name}.{part}"] = where
+        text = json.dumps(said, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % ALIGNMENT)
+        places = {
+            name: Place(8 + len(text) + begin, end - begin)
+            for name, where in said.items()
+            for begin, end in [where["data_offsets"]]
+        }
+        return len(text).to_bytes(8, "little") + text, places
+
+    def place(self, name: str) -> Place:
+        """Of a tensor."""
+        return self._header[1][name]
+
+    def write(self, put: Callable[[bytes | memoryview], int], directory: Path) -> None:
+        """Quantises the matrices of the bundle in `directory` one by one, each a part at a time."""
+        put(self._header[0])
+        signed = self.form == "dequantize"
+        for each in self.matrices:
+            scales: list[bytes] = []
+            for codes, scale in self._parts(each, directory):
+                put(np.ascontiguousarray(pack(codes, self.weights.bits, signed=signed)).tobytes())
+                scales.append(scale.tobytes())
+            for scale in scales:
+                put(scale)
+
+    def _parts(self, matrix: Matrix, directory: Path) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any]]]:
+        values, rows = matrix.read(directory), max(1, CHUNK // matrix.width)
+        for start in range(0, matrix.rows, rows):
+            part = np.asarray(values[start : start + rows]).astype(np.float32)
+            yield quantize(part, self.weights, TYPES[matrix.kind][1])

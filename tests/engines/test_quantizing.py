@@ -1,0 +1,98 @@
+"""Weight-only quantisation, against two other ways of computing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from safetensors import safe_open
+
+from trimvlm.bundle import Bundle
+from trimvlm.schedule import Schedule
+from trimvlm.target import Weights
+from trimvlm_engines.quantizing.codes import dequantize, pack, quantize
+from trimvlm_engines.quantizing.graph import quantize_graph
+from trimvlm_engines.quantizing.store import Store, matrices
+from trimvlm_tools.bench.feeds import prefill_feeds
+
+SCHEMES = [Weights(bits=bits, block=block) for bits in (4, 8) for block in (16, 32)]
+
+
+@given(
+    weight=arrays.arrays(np.float32, (3, 64), elements=st.floats(-100, 100, width=32)),
+    scheme=st.sampled_from(SCHEMES),
+)
+def test_codes_are_the_nearest(weight: np.ndarray, scheme: Weights) -> None:
+    """Each value is off by half a step at most, and no step is larger than it must be."""
+    codes, scales = quantize(weight, scheme, np.dtype(np.float32))
+    zero, step = 1 << (scheme.bits - 1), np.repeat(scales, scheme.block, axis=1)
+    assert codes.max() < 2 * zero and scales.min() >= 0
+    off = np.abs(dequantize(codes, scales, scheme.bits) - weight)
+    assert np.all(off <= 0.5 * step + 1e-5 * np.abs(weight) + 1e-30)
+    blocks = codes.reshape(3, -1, scheme.block)
+    full = (blocks == 0) | (blocks == 2 * zero - 1)
+    assert np.all(full.any(axis=2) | (scales < 1e-38)), "a code at the end of the range is in use"
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_bytes_are_those_of_onnx(signed: bool) -> None:
+    """What `pack` writes is what ml_dtypes and ONNX read."""
+    codes = np.random.default_rng(0).integers(0, 16, (4, 32), dtype=np.uint8)
+    kind = onnx.TensorProto.INT4 if signed else onnx.TensorProto.UINT4
+    tensor = onnx.TensorProto(data_type=kind, dims=[4, 32], raw_data=pack(codes, 4, signed=signed).tobytes())
+    read = onnx.numpy_helper.to_array(tensor).astype(np.int32)
+    assert np.array_equal(read, codes.astype(np.int32) - 8 * signed)
+    wide = np.random.default_rng(0).integers(0, 256, (4, 32), dtype=np.uint8)
+    values = pack(wide, 8, signed=signed).view(np.int8 if signed else np.uint8)
+    assert np.array_equal(values.astype(np.int32), wide.astype(np.int32) - 128 * signed)
+    assert ml_dtypes.int4 is not None
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("method", ["dense", "hidivdrop"])
+def test_graphs_agree(bundle: Path, scheme: Weights, method: str) -> None:
+    """MatMulNBits, DequantizeLinear, and the graph itself on the weights that the codes stand for."""
+    opened = Bundle(bundle)
+    _, entry = opened.entry(method)
+    model = onnx.load(str(opened.path(entry.decoders["fused"])), load_external_data=False)
+    schedule = Schedule.resolve(opened.profile(method), entry.model)
+    found = matrices(model, scheme)
+    assert len(found) == 7 * schedule.model.layers + 1, "every projection of every layer, and the head"
+    feeds = prefill_feeds(schedule, text=6, before_image=2)
+    outputs = {}
+    for form in ("matmul", "dequantize"):
+        store = Store(f"{form}.safetensors", scheme, form, found)
+        with (bundle / store.name).open("wb") as sink:
+            store.write(sink.write, bundle)
+        made = onnx.ModelProto()
+        made.CopyFrom(model)
+        quantize_graph(made, store)
+        outputs[form] = run(made, bundle, feeds)
+    with safe_open(bundle / "matmul.safetensors", "numpy") as tensors:
+        assert set(tensors.keys()) == {
+            f"{each.name}.{part}" for each in found for part in ("codes", "scales")
+        }
+    for tensor in model.graph.initializer:
+        matrix = next((each for each in found if each.name == tensor.name), None)
+        if matrix:
+            codes, scales = quantize(np.array(matrix.read(bundle)), scheme, np.dtype(np.float32))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(dequantize(codes, scales, scheme.bits), tensor.name))
+    outputs["plain"] = run(model, bundle, feeds)
+    for form in ("matmul", "dequantize"):
+        for name, value in outputs["plain"].items():
+            assert np.allclose(outputs[form][name], value, atol=2e-5), (form, name)
+
+
+def run(model: onnx.ModelProto, directory: Path, feeds: dict) -> dict[str, np.ndarray]:
+    onnx.save(model, str(directory / "graph.onnx"))
+    session = onnxruntime.InferenceSession(directory / "graph.onnx", providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    found = session.run(names, {each.name: feeds[each.name] for each in session.get_inputs()})
+    return dict(zip(names, map(np.asarray, found), strict=True))

@@ -1,0 +1,161 @@
+"""Engines with quantised weights, from the build to the parity gate, as a user would go."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+from tiny_models import noise_image, tiny_bundle
+
+from trimvlm import Session
+from trimvlm.bundle import Bundle
+from trimvlm.errors import UserError
+from trimvlm.profile import Decisions, Select
+from trimvlm.rules import LastRowAttention
+from trimvlm.target import Weights
+from trimvlm_calib.samples import load_samples
+from trimvlm_engines import targets
+from trimvlm_engines.build import build
+from trimvlm_engines.quantizing.store import matrices
+from trimvlm_tools.cli import main
+from trimvlm_tools.parity.check import HuggingFace, check
+
+METHODS = {
+    "dense": Decisions(),
+    "late": Decisions(
+        inject=1, exit=3, select=(Select(layer=2, keep=5, by=LastRowAttention(attention="own")),)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("quantized"), METHODS, layers=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of samples."""
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(2):
+        noise_image(number).save(folder / f"{number}.png")
+    lines = [json.dumps({"image": f"{n}.png", "question": f"where is w{n} ?"}) for n in range(2)]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def stores(bundle: Path) -> list[Path]:
+    return sorted(bundle.glob("weights.quantized.*.safetensors"))
+
+
+def test_profiles_share_one_file_and_pass_the_gate(
+    bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for bits in (4, 8):
+        assert main(["build", str(bundle), "--target", f"ort-cpu-int{bits}"]) == 0
+        assert len(list(bundle.glob(f"weights.quantized.int{bits}x32.*"))) == 1
+        capsys.readouterr()
+        command = ["check", str(bundle), "--data", str(data), "--samples", "2", "--json"]
+        assert main([*command, "--target", f"ort-cpu-int{bits}"]) == 0
+        reports = json.loads(capsys.readouterr().out)
+        assert [report["profile"] for report in reports] == sorted(METHODS)
+        assert any(f"ort-cpu-int{bits}" in rung["name"] for rung in reports[0]["rungs"])
+    sizes = {
+        bits: path.stat().st_size for path in stores(bundle) for bits in (4, 8) if f"int{bits}" in path.name
+    }
+    assert sizes[4] < 0.6 * sizes[8]
+    assert main(["build", str(bundle), "--target", "ort-cpu-int4", "--json"]) == 0
+    assert all(all(parts.values()) for parts in json.loads(capsys.readouterr().out)["up_to_date"].values())
+
+
+def test_the_gate_sees_other_weights(bundle: Path, data: Path, tmp_path: Path) -> None:
+    """The reference without the codes is another model: what the gate compares is what the engine reads."""
+    build(bundle, "ort-cpu-int4", "dense")
+    opened, questions = Bundle(bundle), load_samples(data)[:1]
+    unchanged = HuggingFace(opened)
+    found = check(opened, "dense", questions, data="tiny", hf=unchanged, target="ort-cpu-int4")
+    assert found.verdict == "FAIL"
+
+
+def test_weights_are_rounded_to_what_the_graph_reads(bundle: Path) -> None:
+    """Logits differ from the float engine's, and by as much as four bits allow."""
+    build(bundle, "ort-cpu-int4", "dense")
+    pixels = noise_image(3)
+    logits = {}
+    for target in ("ort-cpu", "ort-cpu-int4"):
+        with Session.open(bundle, "dense", target) as session:
+            prompt = session.prompt("where is w1 ?", 1)
+            logits[target] = session.prefill(prompt, session.visual([pixels]).rows)["logits"][0]
+    difference = np.abs(logits["ort-cpu"] - logits["ort-cpu-int4"]).max()
+    assert 1e-3 < difference < 0.5 * np.abs(logits["ort-cpu"]).max()
+
+
+def test_a_damaged_store_is_found_and_made_again(bundle: Path) -> None:
+    build(bundle, "ort-cpu-int4", "dense")
+    (store,) = (path for path in stores(bundle) if "int4" in path.name)
+    tensors = load_file(store)
+    whole = store.read_bytes()
+    name = next(name for name in tensors if name.endswith(".codes"))
+    tensors[name] ^= 1
+    save_file(tensors, store)
+    with pytest.raises(UserError, match=r"weights\.quantized"):
+        Session.open(bundle, "dense", "ort-cpu-int4")
+    build(bundle, "ort-cpu-int4", "dense")
+    assert store.read_bytes() == whole
+    Session.open(bundle, "dense", "ort-cpu-int4")
+
+
+def test_activations_in_int8(bundle: Path, data: Path, tmp_path: Path) -> None:
+    """A target of one's own. Random weights make near ties of the next token: tokens are not gated."""
+    said = yaml.safe_load((targets.SHIPPED / "ort-cpu.yaml").read_text())
+    said |= {"name": "my-cpu", "weights": {"bits": 4, "block": 16, "activations": "int8"}}
+    (tmp_path / "my-cpu.yaml").write_text(yaml.safe_dump(said))
+    engine = build(bundle, targets.load(tmp_path / "my-cpu.yaml"), "dense")
+    assert engine.options["decoder"]["quantized"]["activations"] == "int8"
+    found = check(Bundle(bundle), "dense", load_samples(data), data="tiny", target="my-cpu")
+    (rung,) = (rung for rung in found.rungs if "free running" in rung.name)
+    gated = {each.name: each for each in rung.metrics if each.limit and "max abs" in each.name}
+    assert {each.verdict for each in gated.values()} == {"PASS"}
+    assert gated["logits max abs, of the largest"].value > 1e-3, "rounded activations are seen"
+
+
+def test_fit_counts_the_codes(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the build too: half the bytes of 8 bits, and scales."""
+    sizes = {}
+    for target in ("ort-cpu", "ort-cpu-int8", "ort-cpu-int4"):
+        assert main(["fit", str(bundle), "--target", target, "--profile", "dense", "--json"]) == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        (weights,) = (piece for piece in found["memory"]["pieces"] if piece["name"] == "weights")
+        sizes[target] = weights["bytes"]
+    opened = Bundle(bundle)
+    model = onnx.load(str(opened.path(opened.entry("dense")[1].decoders["fused"])), load_external_data=False)
+    values = sum(each.rows * each.width for each in matrices(model, Weights(bits=4)))
+    assert sizes["ort-cpu"] - sizes["ort-cpu-int8"] == values * 4 - values - values // 32 * 4
+    assert sizes["ort-cpu-int8"] - sizes["ort-cpu-int4"] == values // 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "rtx-4090"], "no engine of this bundle that ONNX Runtime runs"),
+        (["--target", "ort-cpu-int4", "--write-goldens"], "goldens are of the checkpoint's own weights"),
+    ],
+)
+def test_what_check_cannot_compare(
+    bundle: Path, data: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["check", str(bundle), "--data", str(data), "--samples", "2", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_names_of_targets() -> None:
+    plain, small = targets.load("jetson-orin-nano-8gb"), targets.load("jetson-orin-nano-8gb-int4")
+    assert small.weights is not None and small.weights.bits == 4 and plain.weights is None
+    assert small.limits == plain.limits and small.tested.run is None
+    with pytest.raises(UserError, match="no target 'ort-cpu-int5'"):
+        targets.load("ort-cpu-int5")
