@@ -245,6 +245,29 @@ def test_the_library_says_no(
         np.testing.assert_array_equal(session.prefill(prompt, rows)["logits"], expected["logits"])
 
 
+def test_a_range_is_refused(standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> bool:
+        raise RuntimeError("Error in set optimization profile async.")
+
+    bundle = write_toy_bundle(tmp_path / "split", eos=())
+    target = msgspec.structs.replace(targets.load(BOARD), compute_capability="8.9", ranges="split")
+    build(bundle, target)
+    monkeypatch.setattr(Context, "set_optimization_profile_async", refuse)
+    assert "does not take a shape range (no reason given); build it again" in message(bundle, BOARD)
+
+
+def test_the_library_does_not_start(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(logger: Any) -> None:
+        logger.log(logger.Severity.ERROR, "CUDA initialization failure with error: 35.")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(sys.modules["tensorrt_rtx"], "Runtime", fail)
+    assert message(bundle) == (
+        "tensorrt_rtx 1.7.1.116 does not start (CUDA initialization failure with error: 35.); see trimvlm "
+        "doctor"
+    )
+
+
 def test_shapes_cannot_be_inferred(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def infer_shapes(_: Context) -> list[str]:
         raise RuntimeError("a broadcast\nof incompatible shapes")

@@ -108,7 +108,11 @@ class LoadedPlan:
         """
         wanted = choose(self.role, self.ranges, shapes)
         if wanted != self._range:
-            self._must(self._context.set_optimization_profile_async(wanted, stream), "take a shape range")
+            try:
+                taken = self._context.set_optimization_profile_async(wanted, stream)
+            except RuntimeError:  # where other functions return False
+                taken = False
+            self._must(taken, "take a shape range")
             self._range = wanted
         for name, shape in shapes.items():
             self._must(self._context.set_input_shape(name, shape), f"take {name} of {list(shape)}")

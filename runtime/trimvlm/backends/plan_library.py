@@ -46,8 +46,18 @@ class PlanLibrary:
         self.logger = make_logger(self.trt)
 
     def create_runtime(self) -> Any:
-        """What deserialises plans. It must outlive their engines."""
-        runtime = self.trt.Runtime(self.logger)
+        """What deserialises plans. It must outlive their engines.
+
+        Raises:
+            UserError: the library does not start.
+        """
+        self.logger.taken()
+        try:
+            runtime = self.trt.Runtime(self.logger)
+        except (TypeError, RuntimeError):  # of the bindings, where there is no object to bind to
+            raise UserError(
+                f"{self.name} {self.version} does not start ({self.logger.taken()}); see trimvlm doctor"
+            ) from None
         if self.host_code:
             runtime.engine_host_code_allowed = True
         return runtime
