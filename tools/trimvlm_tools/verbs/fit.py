@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="ort-cpu",
         help="name (`trimvlm targets`) or a .yaml of your own; default: ort-cpu",
     )
-    parser.add_argument("--profile", help="only this profile; default: all of the bundle's")
+    parser.add_argument("--profile", help="only this profile or choice; default: all of the bundle's")
     parser.add_argument("--text", type=int, default=512, help="text rows of the prompt (512)")
     parser.add_argument("--new-tokens", type=int, default=256, help="tokens of the answer (256)")
     parser.add_argument("--images", type=int, default=1, help="images in the context (1)")
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     target = targets.load(args.target)
     request = Request(images=args.images, text=args.text, new_tokens=args.new_tokens)
     bundle = Bundle(args.bundle)
-    names = bundle.named(args.profile) if args.profile else sorted(bundle.manifest.profiles)
+    named = bundle.named(args.profile) if args.profile else sorted(bundle.manifest.profiles)
+    names = [member for name in named for member in bundle.members(name)]
     found = [predict(bundle, name, target, request) for name in names]
     better = {each.profile: changes(bundle, each.profile, target, request) for each in found if each.problems}
     if args.json:
