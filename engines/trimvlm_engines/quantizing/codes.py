@@ -47,7 +47,8 @@ def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Codes [N, K] of the bytes that `pack` made of unsigned ones."""
     if bits == 8:
         return packed
-    return np.stack((packed & 15, packed >> 4), axis=2).reshape(len(packed), -1)
+    halves = np.stack((packed & 15, packed >> 4), axis=2)
+    return halves.reshape(len(packed), -1).astype(np.uint8)
 
 
 def pack(codes_NK: NDArray[np.uint8], bits: int, *, signed: bool) -> NDArray[np.uint8]:
