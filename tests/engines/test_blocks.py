@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import onnx
 import pytest
 from method_decisions import LAYERS, METHODS
+from onnx import helper, numpy_helper
 from operator_list import refused
 from random_decisions import random_decisions
 from tiny_models import tiny_llava
@@ -169,3 +171,38 @@ def test_tensorrt_10_3_knows_every_operator(exported: Path, tmp_path: Path, meth
     for piece in split(graph, schedule, layers_per_engine=2, lm_head_columns=24):
         (tmp_path / "piece.onnx").write_bytes(piece.graph or b"")
         assert refused(tmp_path / "piece.onnx") == [], piece.role
+
+
+def test_what_is_made_of_weights_alone_is_made_in_each_block() -> None:
+    """As weights are from codes: two layers read one matrix, and each a matrix of its own."""
+    number = onnx.TensorProto.FLOAT
+    nodes = [
+        helper.make_node("DequantizeLinear", ["head.codes", "scale"], ["head"]),
+        helper.make_node("DequantizeLinear", ["layers.0.codes", "scale"], ["first"]),
+        helper.make_node("MatMul", ["x", "first"], ["a"]),
+        helper.make_node("MatMul", ["a", "head"], ["b"]),
+        helper.make_node("DequantizeLinear", ["layers.1.codes", "scale"], ["second"]),
+        helper.make_node("MatMul", ["b", "second"], ["c"]),
+        helper.make_node("MatMul", ["c", "head"], ["logits"]),
+    ]
+    ones = np.ones((4, 4), np.int8)
+    codes = [numpy_helper.from_array(ones, f"{name}.codes") for name in ("head", "layers.0", "layers.1")]
+    graph = helper.make_graph(
+        nodes,
+        "codes",
+        [helper.make_tensor_value_info("x", number, ["rows", 4])],
+        [helper.make_tensor_value_info("logits", number, ["rows", 4])],
+        [*codes, numpy_helper.from_array(np.float32(0.5), "scale")],
+        value_info=[helper.make_tensor_value_info(name, number, ["rows", 4]) for name in "abc"],
+    )
+    blocks = cut(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), 1)
+    assert [[node.op_type for node in block.graph.node].count("DequantizeLinear") for block in blocks] == [
+        2,
+        2,
+    ]
+    assert [value.name for value in blocks[1].graph.input] == [f"{CARRIED}b"]
+    assert {tensor.name for tensor in blocks[1].graph.initializer} == {
+        "head.codes",
+        "layers.1.codes",
+        "scale",
+    }

@@ -72,6 +72,8 @@ def pieces(
     how: dict[str, Any] = {}
     if rows is not None and split_vocabulary(model, rows):
         how["lm_head_columns"] = rows
+    # Before the rewriting, which may put in operators that ONNX does not know; it changes no size.
+    given = [_known(model, each) for each in (ranges, *phases)] if layers is not None else []
     said = rewrite(model) if rewrite else {}
     if layers is None:
         said |= {"split": how} if how else {}
@@ -79,7 +81,6 @@ def pieces(
     from trimvlm_engines.splitting.blocks import cut
 
     blocks = cut(model, layers)
-    given = [_known(model, each) for each in (ranges, *phases)]
     return [
         Piece(
             role=f"decoder.{number}",

@@ -38,7 +38,8 @@ UNKNOWN = 1 << 40  # bytes that a value of unknown type counts
 
 
 def assign(graph: onnx.GraphProto, layers: int) -> list[int | None]:
-    """Block of each node, numbered without gaps; None for arithmetic with shapes, which is in any block.
+    """Block of each node, numbered without gaps; None for what every block that needs it has: arithmetic with
+    shapes, and what is made of constants alone.
 
     Args:
         layers: the most layers of a block.
@@ -68,7 +69,7 @@ def assign(graph: onnx.GraphProto, layers: int) -> list[int | None]:
 @dataclass
 class _Nodes:
     """By number of a node: the first block that it can be in (-1: it depends on no layer) and the last one,
-    whether it is arithmetic with shapes, the nodes that it reads and those that read it."""
+    whether it is arithmetic with shapes or constants, the nodes that it reads and those that read it."""
 
     graph: onnx.GraphProto
     earliest: list[int]
@@ -85,11 +86,11 @@ class _Nodes:
         for n, sources in enumerate(read):
             for source in sources:
                 readers[source].append(n)
-        own = [
-            max((int(found[1]) // layers for name in node.input if (found := LAYER.match(name))), default=-1)
-            for node in graph.node
-        ]
-        light = _arithmetic(graph, maker)
+        constant, light = _constant(graph, maker), _arithmetic(graph, maker)
+        own: list[int] = []
+        for n, node in enumerate(graph.node):
+            named = [int(found[1]) // layers for name in node.input if (found := LAYER.match(name))]
+            own.append(max([*named, *(own[source] for source in read[n] if constant[source])], default=-1))
         number = {
             old: new
             for new, old in enumerate(
@@ -108,15 +109,26 @@ class _Nodes:
 
 
 def _arithmetic(graph: onnx.GraphProto, maker: Mapping[str, int]) -> list[bool]:
-    """Which nodes compute with nothing but shapes and constants."""
+    """Which nodes compute with nothing but shapes and constants, or nothing but constants."""
     results = {value.name for value in graph.output}
     constants = {tensor.name for tensor in graph.initializer}
     light: list[bool] = []
-    for node in graph.node:
+    for node, alone in zip(graph.node, _constant(graph, maker), strict=True):
         known = all(light[maker[name]] if name in maker else name in constants for name in node.input if name)
-        simple = node.op_type == "Shape" or (node.op_type in ARITHMETIC and known)
+        simple = alone or node.op_type == "Shape" or (node.op_type in ARITHMETIC and known)
         light.append(simple and not results & {*node.output})
     return light
+
+
+def _constant(graph: onnx.GraphProto, maker: Mapping[str, int]) -> list[bool]:
+    """Which nodes make something of weights alone, e.g. of codes what they stand for."""
+    constants = {tensor.name for tensor in graph.initializer}
+    found: list[bool] = []
+    for node in graph.node:
+        found.append(
+            all(found[maker[name]] if name in maker else name in constants for name in node.input if name)
+        )
+    return found
 
 
 def _cheapest(
