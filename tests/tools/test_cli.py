@@ -99,7 +99,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "said"),
     [
         (["inspekt"], "trimvlm: no verb 'inspekt'; did you mean inspect?"),
-        (["zzz"], "trimvlm: no verb 'zzz'; verbs are demo, calibrate, export, build, run, "),
+        (["zzz"], "trimvlm: no verb 'zzz'; verbs are demo, calibrate, export, fit, build, run, "),
         (["--colour"], "trimvlm: unrecognized arguments: --colour; see trimvlm --help"),
         (
             ["inspect"],
