@@ -196,13 +196,8 @@ def test_what_is_made_of_weights_alone_is_made_in_each_block() -> None:
         value_info=[helper.make_tensor_value_info(name, number, ["rows", 4]) for name in "abc"],
     )
     blocks = cut(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), 1)
-    assert [[node.op_type for node in block.graph.node].count("DequantizeLinear") for block in blocks] == [
-        2,
-        2,
-    ]
+    kinds = [[node.op_type for node in block.graph.node] for block in blocks]
+    assert [kind.count("DequantizeLinear") for kind in kinds] == [2, 2]
     assert [value.name for value in blocks[1].graph.input] == [f"{CARRIED}b"]
-    assert {tensor.name for tensor in blocks[1].graph.initializer} == {
-        "head.codes",
-        "layers.1.codes",
-        "scale",
-    }
+    weights = {tensor.name for tensor in blocks[1].graph.initializer}
+    assert weights == {"head.codes", "layers.1.codes", "scale"}

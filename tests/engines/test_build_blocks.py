@@ -16,7 +16,7 @@ from trimvlm.binding import check_engine
 from trimvlm.bundle import Bundle, Engine, record, write_manifest
 from trimvlm.errors import UserError
 from trimvlm.session import Session
-from trimvlm.target import Limits, Target
+from trimvlm.target import Limits, Target, Weights
 from trimvlm_engines import targets
 from trimvlm_engines.build import build
 
@@ -45,6 +45,14 @@ def test_blocks_answer_as_the_whole(bundle: Path, method: str) -> None:
     assert engine.options["decoder.1"]["split"] == split
     Bundle(bundle).verify()
     assert answer(bundle, method, "small") == answer(bundle, method, "ort-cpu")
+
+
+def test_quantised_blocks_answer_as_the_quantised_whole(bundle: Path) -> None:
+    weights = Weights(bits=8)
+    build(bundle, msgspec.structs.replace(small(), weights=weights), "hidivdrop")
+    whole = msgspec.structs.replace(targets.load("ort-cpu"), name="whole", weights=weights)
+    build(bundle, whole, "hidivdrop")
+    assert answer(bundle, "hidivdrop", "small") == answer(bundle, "hidivdrop", "whole")
 
 
 def test_a_session_of_blocks_gives_every_output(bundle: Path) -> None:
