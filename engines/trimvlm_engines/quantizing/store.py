@@ -8,11 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from trimvlm.target import Weights
 from trimvlm_engines.quantizing.codes import pack, quantize
@@ -23,7 +22,7 @@ ALIGNMENT = 64  # bytes of the file's header are a multiple of it
 TYPES: dict[int, tuple[str, np.dtype[Any]]] = {
     TensorProto.FLOAT: ("F32", np.dtype(np.float32)),
     TensorProto.FLOAT16: ("F16", np.dtype(np.float16)),
-    TensorProto.BFLOAT16: ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    TensorProto.BFLOAT16: ("BF16", helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)),
 }
 
 Form = Literal["matmul", "dequantize"]
