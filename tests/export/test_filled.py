@@ -25,7 +25,6 @@ from schedule_cases import (
     answer,
     case_of,
     eager,
-    everything,
     expected,
     in_onnxruntime,
     loaded,
@@ -33,14 +32,28 @@ from schedule_cases import (
 
 from trimvlm.backends import Port
 from trimvlm.backends.run_onnxruntime import open_backend
-from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select
-from trimvlm.rules import LastRowAttention, RouterScores
+from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select, SkipMode, SkipStage
+from trimvlm.rules import LastRowAttention, RouterScores, TextAttention, ValueInfluence
 from trimvlm_export.decoder_graph import export_decoder
 
 GRAPHS = int(os.environ.get("TRIMVLM_GRAPHS", "0"))
 OWN = LastRowAttention(attention="own")
 ROUTED = {"par": Decisions(select=(Select(layer=0, keep=5, by=RouterScores()),))}
 ALL = {**METHODS, **MORE, **ROUTED}
+MANY = Decisions(
+    mask="post_softmax",
+    select=(
+        Select(layer=1, keep=9, by=TextAttention()),
+        Select(layer=2, keep=6, by=ValueInfluence(threshold=0.05)),
+    ),
+    skip=SkipMode(stages=(SkipStage(layer=3, count=6),)),  # all of them
+    layers=(
+        LayerRule(layers=(0,), visual_keys="none"),
+        LayerRule(layers=(2,), text_keys="sink"),
+        LayerRule(layers=(3,), query="unskipped"),
+        LayerRule(layers=(4,), ffn="unskipped"),
+    ),
+)
 LATE = Decisions(
     inject=1,
     exit=4,
@@ -75,7 +88,7 @@ def test_an_ordinary_decoder_has_empty_tensors(checkpoints: Path) -> None:
         answer(ordinary, case)
 
 
-@pytest.mark.parametrize(("model", "decisions"), [("mqa-3-by-3", everything()), ("mrope", LATE)])
+@pytest.mark.parametrize(("model", "decisions"), [("gqa-bias-tied", MANY), ("mrope", LATE)])
 def test_graphs(checkpoints: Path, model: str, decisions: Decisions) -> None:
     reference, spec, source = loaded(checkpoints, model)
     case = case_of(1, spec, decisions)
@@ -92,8 +105,9 @@ def test_graphs(checkpoints: Path, model: str, decisions: Decisions) -> None:
 def no_value_is_empty(files: Iterable[Path], spec: ModelSpec, decisions: Decisions) -> None:
     """Runs graphs on a prompt with an image and on one without, and three decode steps of each."""
     for file in files:
+        backend = EveryValue(file)
         for images in RUNS:
-            answer(EveryValue(file), case_of(1, spec, decisions, images))
+            answer(backend, case_of(1, spec, decisions, images))
 
 
 class EveryValue:
