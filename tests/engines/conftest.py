@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from method_decisions import LAYERS, METHODS
-from tiny_models import tiny_bundle
+from shared_bundle import shared_bundle
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with every method, float32. Read only: tests that write take `bundle`."""
-    return tiny_bundle(tmp_path_factory.mktemp("engines"), METHODS, layers=LAYERS)
+    return shared_bundle(tmp_path_factory, METHODS, LAYERS)
 
 
 @pytest.fixture

@@ -5,12 +5,13 @@ of nothing but what TensorRT 10.3 takes.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 from method_decisions import LAYERS, MORE
 from operator_list import refused
-from tiny_models import tiny_bundle
+from shared_bundle import shared_bundle
 
 from trimvlm.bundle import Bundle
 from trimvlm_engines.build import build
@@ -21,7 +22,8 @@ CARDS = {"rtx-3090": "8.6", "rtx-4090": "8.9", "rtx-5090": "12.0"}
 @pytest.fixture(scope="module")
 def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with all of them, float32."""
-    return tiny_bundle(tmp_path_factory.mktemp("every"), MORE, layers=LAYERS)
+    shared = shared_bundle(tmp_path_factory, MORE, LAYERS)
+    return Path(shutil.copytree(shared, tmp_path_factory.mktemp("every") / "bundle"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="no TensorRT-RTX here")

@@ -5,22 +5,21 @@ Both lowerings: `fused` for TensorRT-RTX, `primitive` for TensorRT 10.3. No GPU 
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
 from method_decisions import LAYERS, METHODS, MORE
+from shared_bundle import shared_bundle
 from tensorrt_standin import StandIn
-from tiny_models import noise_image, tiny_llava
+from tiny_models import noise_image
 
-from trimvlm.profile import Method, Profile
 from trimvlm.session import Session
 from trimvlm.target import Limits, Target
 from trimvlm_calib.methods import discover
 from trimvlm_engines import targets
 from trimvlm_engines.build import build
-from trimvlm_export.checkpoint import model_spec
-from trimvlm_export.export import export
 
 EVERY = {**METHODS, **MORE}
 TARGETS = ("rtx-4090", "jetson-orin-nano-8gb")
@@ -28,17 +27,14 @@ LIMITS = Limits(images=2, text=16, new_tokens=16)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llava(tmp_path_factory.mktemp("methods") / "checkpoint", layers=LAYERS)
-
-
-def exported(checkpoint: Path, name: str) -> Path:
-    """The bundle that all methods share, with one more."""
-    profile = Profile(
-        name=name, method=Method(name=name), model=model_spec(checkpoint), decisions=EVERY[name]
-    )
-    export(checkpoint, profile, checkpoint.parent / "bundle")
-    return checkpoint.parent / "bundle"
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By profile the bundle that holds it, float32."""
+    found: dict[str, Path] = {}
+    for number, decisions in enumerate((METHODS, MORE)):
+        shared = shared_bundle(tmp_path_factory, decisions, LAYERS)
+        copied = shutil.copytree(shared, tmp_path_factory.mktemp("methods") / f"{number}")
+        found |= dict.fromkeys(decisions, Path(copied))
+    return found
 
 
 def target(name: str) -> Target:
@@ -69,9 +65,9 @@ def test_every_shipped_method_is_here() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", EVERY)
 def test_tokens_are_those_of_onnx_runtime(
-    checkpoint: Path, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bundles: dict[str, Path], profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    bundle = exported(checkpoint, profile)
+    bundle = bundles[profile]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     wanted = answers(bundle, profile, "ort-cpu")
     assert wanted[0] == wanted[3] and len(set(wanted)) == 3 and all(wanted)
