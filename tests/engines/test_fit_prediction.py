@@ -12,7 +12,7 @@ import pytest
 
 from trimvlm.bundle import Bundle
 from trimvlm.errors import UserError
-from trimvlm.target import Limits, Target
+from trimvlm.target import Limits, Target, Weights
 from trimvlm_engines import targets
 from trimvlm_engines.fit import on_gpu, plan_size
 from trimvlm_engines.fit.changes import changes
@@ -167,6 +167,23 @@ def test_a_request_within_large_limits_needs_smaller_limits_and_nothing_else(exp
         "limits of exactly this request in a target of your own (images: 1, text: 20, new_tokens: 16)"
     )
     assert not [change for change in others if change.what.startswith(("--text", "--new", "--images"))]
+
+
+def test_quantised_weights_are_a_change(exported: Path, given) -> None:
+    """As many bits as fit; of a target of one's own the field is named."""
+    needed = given("dense", card()).memory.least
+    saved = {
+        bits: needed - given("dense", targets.quantized(card(), Weights(bits=bits))).memory.least
+        for bits in (8, 4)
+    }
+    assert 0 < saved[8] < saved[4]
+    for bits in (8, 4):
+        tight = card(memory_gb=gib(needed - saved[bits]))
+        found = [change.what for change in changes(Bundle(exported), "dense", tight, ASKED)]
+        assert f"--target {card().name}-int{bits}" in found
+        own = msgspec.structs.replace(tight, name="my-card")
+        found = [change.what for change in changes(Bundle(exported), "dense", own, ASKED)]
+        assert f"weights: {{bits: {bits}}} in the target" in found
 
 
 def test_where_only_a_larger_target_helps_it_is_the_only_change(exported: Path) -> None:

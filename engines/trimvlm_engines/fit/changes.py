@@ -9,7 +9,7 @@ import msgspec
 
 from trimvlm.bundle import Bundle, Dtype
 from trimvlm.errors import UserError
-from trimvlm.target import Target
+from trimvlm.target import Target, Weights
 from trimvlm.value import Value
 from trimvlm_engines import targets
 from trimvlm_engines.fit.prediction import CPU, Prediction, predict
@@ -48,7 +48,7 @@ def changes(bundle: Bundle, profile: str, target: Target, request: Request) -> t
     start = _Case(profile=profile, target=target, request=request, dtype=bundle.manifest.dtype)
     exact = _first(bundle, _limits(bundle, start))
     smaller = () if exact else (_text, _new_tokens, _images)  # a smaller request is no better than this one
-    kinds = (_blocks, *smaller, _dtype, _profiles, _targets)
+    kinds = (_blocks, *smaller, _dtype, _weights, _profiles, _targets)
     tried = [exact, *(_first(bundle, kind(bundle, start)) for kind in kinds)]
     found = [change for change in tried if change is not None]
     return tuple(found) or tuple(filter(None, [_together(bundle, start)]))
@@ -142,6 +142,17 @@ def _dtype(bundle: Bundle, case: _Case) -> Iterator[tuple[str, _Case]]:
             yield f"the model exported with --dtype {dtype}", _with(case, dtype=dtype)
 
 
+def _weights(bundle: Bundle, case: _Case) -> Iterator[tuple[str, _Case]]:
+    """Quantised weights, as many bits as fit."""
+    if case.target.weights is not None:
+        return
+    shipped = (targets.SHIPPED / f"{case.target.name}.yaml").is_file()
+    for weights in (Weights(bits=8), Weights(bits=4)):
+        target = targets.quantized(case.target, weights)
+        said = f"--target {target.name}" if shipped else f"weights: {{bits: {weights.bits}}} in the target"
+        yield said, _with(case, target=target)
+
+
 def _profiles(bundle: Bundle, case: _Case) -> Iterator[tuple[str, _Case]]:
     """The bundle's other profiles for images of the same grid; those that keep most come first."""
     grid = bundle.profile(case.profile).model.grid
@@ -171,7 +182,7 @@ def _together(bundle: Bundle, start: _Case) -> Change | None:
     """The furthest of every kind but the target, at once."""
     case, said = start, []
     kinds: list[Callable[[Bundle, _Case], Iterator[tuple[str, _Case]]]] = [
-        _dtype, _profiles, _text, _new_tokens, _blocks,
+        _dtype, _weights, _profiles, _text, _new_tokens, _blocks,
     ]  # fmt: skip
     for kind in kinds:
         tried = list(kind(bundle, case))
