@@ -33,6 +33,14 @@ def bundle(tmp_path: Path) -> Path:
     return two_profiles(tmp_path / "bundle")
 
 
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """Ctrl-C is: where the tests run in the background a shell has it ignored, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def contents(bundle: Path) -> dict[str, bytes]:
     """What is in it, but for locks."""
     files = (path for path in bundle.rglob("*") if path.is_file() and path.suffix != ".lock")

@@ -40,6 +40,12 @@ def stream_of(visual: int = V, shown: list[bool] | None = None) -> Stream:
     )
 
 
+def of_rows(*index: int) -> Stream:
+    """A stream of these rows of the `visual` input alone."""
+    rows = torch.tensor(index, dtype=torch.long)
+    return Stream.of(drawn(len(index), D), rows, rows)
+
+
 def attended(past: int = 0, row: Row | None = None, **change: Any) -> Attended:
     """A layer's random queries, keys and values."""
     found = Attended(
@@ -101,10 +107,10 @@ def test_raters_are_text_rows_after_the_image_that_images_look_at() -> None:
     share = np.exp(looks) / np.exp(looks).sum(axis=1, keepdims=True)
     wanted = np.zeros(len(TEXT))
     wanted[after] = share.mean(axis=0) >= share.mean(axis=0).mean()
-    found = ranking.raters_of(visual, text, torch.tensor(VISUAL), torch.tensor(TEXT))
+    found = ranking.raters_of(visual, text, torch.tensor(VISUAL), torch.tensor(TEXT), fill=0)
     assert found.tolist() == wanted.tolist()
     assert 0 < wanted.sum() < len(after)
-    nothing = ranking.raters_of(visual[:0], text[:1], torch.zeros(0), torch.tensor([30]))  # at decode
+    nothing = ranking.raters_of(visual[:0], text[:1], torch.zeros(0), torch.tensor([30]), fill=0)  # at decode
     assert nothing.isfinite().all()
 
 
@@ -132,22 +138,24 @@ def test_cross_and_self_attention() -> None:
     at = attended()
     most = naive_weights(at, causal()).max(axis=0)
     wanted = most[V:, :V].sum(axis=0) * most[:V, :V].sum(axis=0)
-    np.testing.assert_allclose(ranking.cross_and_self_attention(at.weights(), 0, V), wanted, atol=1e-6)
+    np.testing.assert_allclose(
+        ranking.cross_and_self_attention(at.weights(), 0, at.stream), wanted, atol=1e-6
+    )
 
 
 def test_random_order_is_the_same_in_every_image() -> None:
     places = np.random.default_rng(7).permutation(5)
-    found = ranking.random_order(7, 5, torch.tensor([0, 3, 4, 5, 9]))
+    found = ranking.random_order(7, 5, of_rows(0, 3, 4, 5, 9))
     assert found.tolist() == [places[0], places[3], places[4], places[0], places[4]]
 
 
 def test_choice_takes_the_best_and_ties_go_to_the_lower_row() -> None:
-    index, none = torch.tensor([2, 3, 5, 8, 9]), torch.zeros(0, dtype=torch.long)
+    rows, none = of_rows(2, 3, 5, 8, 9), torch.zeros(0, dtype=torch.long)
     scores = torch.tensor([0.0, 1.0, 0.5, 1.0, 0.0])
-    assert ranking.choose(scores, 3, none, index).tolist() == [1, 2, 3]
-    assert ranking.choose(scores * 0, 2, none, index).tolist() == [0, 1]
-    assert ranking.choose(scores, 2, torch.tensor([2, 8]), index).tolist() == [0, 3]
-    assert ranking.choose(scores[:0], 0, none, none).tolist() == []
+    assert ranking.choose(scores, 3, none, rows).tolist() == [1, 2, 3]
+    assert ranking.choose(scores * 0, 2, none, rows).tolist() == [0, 1]
+    assert ranking.choose(scores, 2, torch.tensor([2, 8]), rows).tolist() == [0, 3]
+    assert ranking.choose(scores[:0], 0, none, of_rows()).tolist() == []
 
 
 @pytest.mark.parametrize("past", [0, PAST])
