@@ -144,7 +144,10 @@ def _exported(directory: Path, profile: Profile) -> bool:
     """Whether the bundle holds graphs of exactly this profile."""
     if not (directory / MANIFEST).is_file():
         return False
-    bundle = Bundle(directory)
+    try:
+        bundle = Bundle(directory)
+    except UserError as error:
+        raise UserError(f"{error}; here, remove {directory} and run the demo again") from None
     return profile.name in bundle.manifest.profiles and bundle.profile(profile.name).digest == profile.digest
 
 
