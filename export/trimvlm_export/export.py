@@ -73,10 +73,11 @@ def export(
         check_tower(stage, geometry, spec.visual_tokens)
     router = find_weights(profile, beside)
     before = _same(out, existing.manifest, spec, dtype) if existing else None
-    image, text = _processing(checkpoint, before)
+    proven = before is not None and _same_files(checkpoint, before)
+    image, text = (before.image, before.text) if before and proven else _processing(checkpoint)
     gather_choices(before, profile, schedule)  # refuses before the work what cannot be added
     with scratch(out, existing) as directory:
-        source = Source.place(checkpoint, directory, dtype)
+        source = Source.place(checkpoint, directory, dtype, proven=proven)
         vision, projector = export_vision(source, stage, spec.grid)
         routing = export_router(source, profile, router) if router else ()
         decoders = export_decoder(source, profile.key, schedule)
@@ -156,13 +157,17 @@ def _same(out: Path, manifest: Manifest, spec: ModelSpec, dtype: Dtype) -> Manif
     return manifest
 
 
-def _processing(checkpoint: Path, before: Manifest | None) -> tuple[ImageProcessing, TextProcessing]:
-    """What images and texts go through. A bundle made of the same files has it already, and proven."""
-    if before and before.producer == PRODUCER:
-        files = {f"{CHECKPOINT}/{file.name}": record(file) for file in small_files(checkpoint)}
-        had = {name: file for name, file in before.files.items() if name.endswith((".json", ".jinja"))}
-        if files == {name: file for name, file in had.items() if name.startswith(f"{CHECKPOINT}/")}:
-            return before.image, before.text
+def _same_files(checkpoint: Path, before: Manifest) -> bool:
+    """Whether a bundle was made of the same small files by the same version: what it says of images and texts
+    was proven then."""
+    files = {f"{CHECKPOINT}/{file.name}": record(file) for file in small_files(checkpoint)}
+    had = {name: file for name, file in before.files.items() if name.endswith((".json", ".jinja"))}
+    same = files == {name: file for name, file in had.items() if name.startswith(f"{CHECKPOINT}/")}
+    return same and before.producer == PRODUCER
+
+
+def _processing(checkpoint: Path) -> tuple[ImageProcessing, TextProcessing]:
+    """What images and texts go through."""
     text = text_processing(checkpoint)
     frozen = msgspec.structs.replace(text, tokenizer=f"{CHECKPOINT}/{text.tokenizer}")
     return image_processing(checkpoint), frozen

@@ -41,10 +41,13 @@ class Source:
     files: tuple[str, ...]
 
     @classmethod
-    def place(cls, checkpoint: Path, out: Path, dtype: Dtype) -> Source:
+    def place(cls, checkpoint: Path, out: Path, dtype: Dtype, *, proven: bool = False) -> Source:
         """Puts the weights (linked, or converted) and the small files of a checkpoint into a bundle.
 
         `out/checkpoint` is then itself a directory that transformers loads.
+
+        Args:
+            proven: the checkpoint's tokenizer is known to be right.
         """
         config = load_config(checkpoint)
         family = families.of(config.model_type)
@@ -55,7 +58,7 @@ class Source:
         for file in small:
             shutil.copyfile(file, directory / file.name)
         names = [file.name for file in [*weights, *small]]
-        if tokenizer := tokenizer_json(checkpoint):
+        if not proven and (tokenizer := tokenizer_json(checkpoint)):
             write_whole(directory / TOKENIZER, tokenizer.encode())
             names += [TOKENIZER] * (TOKENIZER not in names)
         return cls(

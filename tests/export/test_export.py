@@ -24,6 +24,7 @@ from trimvlm.schedule import Schedule
 from trimvlm.session import Session
 from trimvlm.text import Prompt
 from trimvlm_export import export as bundle_export
+from trimvlm_export import source
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.export import export
 from trimvlm_export.reference import Reference
@@ -166,9 +167,14 @@ def test_processing_is_proven_once_for_the_same_files(
 ) -> None:
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     export(model, profile_of(model, "dense"), tmp_path / "b")
-    proven: list[Path] = []
-    prove = bundle_export.image_processing
-    monkeypatch.setattr(bundle_export, "image_processing", lambda path: [proven.append(path), prove(path)][1])
+    proven: list[tuple[str, Path]] = []
+
+    def counted(module: Any, name: str) -> None:
+        prove = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path: [proven.append((name, path)), prove(path)][1])
+
+    counted(bundle_export, "image_processing")
+    counted(source, "tokenizer_json")
     export(model, profile_of(model, "late"), tmp_path / "b")
     assert proven == []
     options = model / "preprocessor_config.json"
@@ -176,7 +182,7 @@ def test_processing_is_proven_once_for_the_same_files(
         options = model / "processor_config.json"
     options.write_text(json.dumps(json.loads(options.read_text())) + "\n")
     export(model, profile_of(model, "blind"), tmp_path / "b")
-    assert proven == [model]
+    assert proven == [("image_processing", model), ("tokenizer_json", model)]
 
 
 def test_every_tensor_is_used_or_ignored_for_a_reason(bundle: Bundle, checkpoint: Path) -> None:
