@@ -78,7 +78,10 @@ def version_explained(target: Target) -> str:
     installed = machine.library_version(target.backend)
     if installed and target.allows(installed):
         return installed
-    return re.findall(r">=([\d.]+)", target.versions)[-1]
+    oldest = re.findall(r">=([\d.]+)", target.versions)
+    if not oldest:
+        raise UserError(f"target {target.name}: versions: {target.versions!r} names no oldest one; add >=")
+    return oldest[-1]
 
 
 def _commands(bundle: Bundle, role: str, part: Part, target: Target) -> list[Command]:

@@ -100,9 +100,10 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
 
     whole = bundle.path(decoder)
     made = pieces(whole, target.limits, ranges, phases, rewrite if target.weights else None)
+    read = dict(weights)
     for store in stores:  # a file that is still to be made has no hash
         if store.name in manifest.files:
-            weights |= {store.name: manifest.files[store.name].sha256}
+            read[store.name] = manifest.files[store.name].sha256
     for piece in made:
         found[piece.role] = Part(
             graph=f"{name}.{target.name}.{piece.role}.onnx" if piece.graph else decoder,
@@ -113,7 +114,7 @@ def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role,
             store=stores[0] if stores else None,
             sources={
                 "graph": manifest.files[decoder].sha256,
-                "weights": weights,
+                "weights": read,
                 "profile": profile.digest,
                 **piece.how,
             },

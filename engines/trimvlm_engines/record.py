@@ -27,6 +27,9 @@ from trimvlm.publishing import changing, publish
 log = logging.getLogger(__name__)
 
 
+STORES = "weights.quantized."  # how files of `trimvlm_engines.quantizing` begin
+
+
 class PlanFile:
     """A plan being written: hashed on the way, under a temporary name until `move`.
 
@@ -144,6 +147,9 @@ def open_bundle(directory: Path) -> Bundle:
             for engine in entry.engines.values()
             for file in engine.made
         }
+        plans |= {
+            name for name in manifest.files if name.startswith(STORES)
+        }  # also where a build was stopped
         lost = {name for name in plans if not is_whole(directory / name, manifest.files[name])}
         if not lost:
             return manifest

@@ -57,6 +57,9 @@ class Limits(Value, frozen=True, kw_only=True):
             )
 
 
+RESERVED = ("decoder", "vision", "projector", "router", "weights", "quantized")
+
+
 class PlanOptions(Value, frozen=True, kw_only=True):
     """How plans are made beside what their graph says; part of what an engine is bound to.
 
@@ -166,6 +169,10 @@ class Target(Value, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         where = f"target {self.name}"
+        if self.name in RESERVED:
+            raise UserError(
+                f"name: {self.name!r} is what other files in a bundle are named by; choose another"
+            )
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
             raise UserError(f"name: {self.name!r} cannot name files; use lower-case letters, digits and '-'")
         for field in ("versions", "l4t"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -19,6 +21,7 @@ from trimvlm.profile import Decisions, Select
 from trimvlm.rules import LastRowAttention
 from trimvlm.target import Weights
 from trimvlm_calib.samples import load_samples
+from trimvlm_engines import build as build_module
 from trimvlm_engines import targets
 from trimvlm_engines.build import build
 from trimvlm_engines.quantizing.store import matrices
@@ -110,6 +113,43 @@ def test_a_damaged_store_is_found_and_made_again(bundle: Path) -> None:
     Session.open(bundle, "dense", "ort-cpu-int4")
 
 
+def test_a_head_in_pieces(bundle: Path, data: Path) -> None:
+    """The reference puts the pieces together."""
+    whole = targets.load("ort-cpu-int4")
+    cut = msgspec.structs.replace(
+        whole, name="my-pieces", limits=msgspec.structs.replace(whole.limits, lm_head_columns=24)
+    )
+    build(bundle, cut, "dense")
+    found = check(Bundle(bundle), "dense", load_samples(data)[:1], data="tiny", target="my-pieces")
+    assert found.verdict == "PASS"
+
+
+def test_a_stopped_build_leaves_nothing_that_cannot_be_mended(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    target = msgspec.structs.replace(targets.load("ort-cpu-int8"), weights=Weights(bits=8, block=64))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(build_module, "make", stopped)
+        build(bundle, target, "dense")
+    (store,) = (path for path in stores(bundle) if "int8x64" in path.name)
+    Session.open(bundle, "dense")
+    store.unlink()
+    build(bundle, "ort-cpu", "dense")  # it is forgotten
+    engine = build(bundle, target, "dense")
+    assert store.is_file()
+    assert store.name in engine.options["decoder"]["weights"]
+    assert store.name not in engine.options["vision"]["weights"], "profiles with other matrices share that"
+
+
+def test_rows_that_are_no_whole_blocks(bundle: Path) -> None:
+    target = msgspec.structs.replace(targets.load("ort-cpu-int4"), weights=Weights(bits=4, block=128))
+    with pytest.raises(UserError, match=r"weights\.block: no matrix .* whole blocks of 128"):
+        build(bundle, target, "dense")
+
+
 def test_activations_in_int8(bundle: Path, data: Path, tmp_path: Path) -> None:
     """A target of one's own. Random weights make near ties of the next token: tokens are not gated."""
     said = yaml.safe_load((targets.SHIPPED / "ort-cpu.yaml").read_text())
@@ -122,6 +162,9 @@ def test_activations_in_int8(bundle: Path, data: Path, tmp_path: Path) -> None:
     gated = {each.name: each for each in rung.metrics if each.limit and "max abs" in each.name}
     assert {each.verdict for each in gated.values()} == {"PASS"}
     assert gated["logits max abs, of the largest"].value > 1e-3, "rounded activations are seen"
+    run = ["run", str(bundle), "--profile", "dense", "--prompt", "where is w1 ?", "--target"]
+    assert main([*run, str(tmp_path / "my-cpu.yaml")]) == 0
+    assert main([*run, str(tmp_path / "none.yaml")]) == 2
 
 
 def test_fit_counts_the_codes(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,5 +200,7 @@ def test_names_of_targets() -> None:
     plain, small = targets.load("jetson-orin-nano-8gb"), targets.load("jetson-orin-nano-8gb-int4")
     assert small.weights is not None and small.weights.bits == 4 and plain.weights is None
     assert small.limits == plain.limits and small.tested.run is None
+    with pytest.raises(UserError, match="'vision' is what other files"):
+        msgspec.structs.replace(plain, name="vision")
     with pytest.raises(UserError, match="no target 'ort-cpu-int5'"):
         targets.load("ort-cpu-int5")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
+from trimvlm.errors import UserError
+
 MODEL = "a Hugging Face checkpoint: its directory, or its Hub id where it is in the local cache"
 
 
@@ -17,6 +19,18 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
         help="size of the images in pixels, for models whose visual tokens depend on it; images of other "
         "sizes are made to fit",
     )
+
+
+def target_name(text: str) -> str:
+    """The name under which a bundle has a target's engines; of a file of one's own, what it says."""
+    if not text.endswith((".yaml", ".yml")):
+        return text
+    from trimvlm_engines import targets
+
+    try:
+        return targets.load(text).name
+    except UserError as error:  # argparse would say nothing but that it is invalid
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _size(text: str) -> tuple[int, int]:

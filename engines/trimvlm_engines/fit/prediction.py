@@ -116,7 +116,7 @@ def _problems(target: Target, memory: Memory, request: Request, dtype: Dtype) ->
             found.append(
                 f"{piece.name}: {piece.bytes / MIB:,.0f} MiB in one piece, where the target gives {limit} MiB"
             )
-    if target.provider != CPU:
+    if target.backend != "onnxruntime":
         for field, most in request.excess(target.limits).items():
             found.append(f"{field}: {getattr(request, field)} is more than its plans' limits.{field}, {most}")
     return found

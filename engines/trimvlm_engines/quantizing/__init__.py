@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trimvlm.bundle import Bundle, Manifest
+from trimvlm.errors import UserError
 from trimvlm.target import Target
 from trimvlm_engines import record
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUANTIZED = "quantized"  # in names of files, and of what an Engine says of them
+SCHEME = 1  # number of the rule in `codes.quantize`: another rule makes other files
 MATMUL = ("CPUExecutionProvider", "CUDAExecutionProvider")  # have a kernel for MatMulNBits
 
 
@@ -37,16 +39,21 @@ def quantize(model: onnx.ModelProto, bundle: Bundle, target: Target) -> Store:
 
     assert target.weights
     found = matrices(model, target.weights)
+    if not found:
+        raise UserError(
+            f"target {target.name}: weights.block: no matrix of this model has rows of whole blocks of "
+            f"{target.weights.block}; choose a smaller one"
+        )
     form = "matmul" if target.provider in MATMUL else "dequantize"
     kind = f"int{target.weights.bits}x{target.weights.block}.{form}.{_digest(bundle.manifest, found)}"
-    store = Store(f"weights.{QUANTIZED}.{kind}.safetensors", target.weights, form, found)
+    store = Store(f"{record.STORES}{kind}.safetensors", target.weights, form, found)
     quantize_graph(model, store)
     return store
 
 
 def _digest(manifest: Manifest, found: Iterable[Matrix]) -> str:
     """Of what goes into a file, so that its name tells whether it is up to date."""
-    sources = [(*each, manifest.files[each.location].sha256) for each in found]
+    sources = [SCHEME, *((*each, manifest.files[each.location].sha256) for each in found)]
     return hashlib.sha256(msgspec.json.encode(sources)).hexdigest()[:12]
 
 

@@ -8,7 +8,7 @@ from trimvlm.bundle import Bundle, Entry
 from trimvlm.errors import UserError
 from trimvlm.opening import ORT_CPU
 
-EMBEDDINGS = "embed_tokens.weight"  # also the head's name where both are one tensor
+EMBEDDINGS = "embed_tokens."  # also the head's name where both are one tensor
 
 
 class Codes(NamedTuple):
@@ -50,12 +50,16 @@ def take_codes(model: Any, bundle: Bundle, codes: Codes) -> None:
 
     family = families.of(model.config.model_type)
     parameters = dict(model.named_parameters())
+    head: dict[int, torch.Tensor] = {}
     with safe_open(bundle.path(codes.file), "np") as stored:
-        for name in {key.rpartition(".")[0] for key in stored.keys()}:  # noqa: SIM118 - no mapping
-            packed, scales = (stored.get_tensor(f"{name}.{part}") for part in ("codes", "scales"))
+        for key in {key.rpartition(".")[0] for key in stored.keys()}:  # noqa: SIM118 - no mapping
+            packed, scales = (stored.get_tensor(f"{key}.{part}") for part in ("codes", "scales"))
             values = torch.from_numpy(dequantize(unpack(packed, codes.bits), scales, codes.bits))
-            if name == EMBEDDINGS or name.startswith(family.LM_HEAD):
-                head = model.get_output_embeddings()
-                head.weight = torch.nn.Parameter(values, requires_grad=False)  # may have been the embeddings
+            name, _, first = key.rpartition("weight")  # a head in pieces: `lm_head.weight.16384`
+            if name in (EMBEDDINGS, family.LM_HEAD):
+                head[int(first[1:] or 0)] = values
             else:
-                parameters[family.DECODER_PREFIX + name].data.copy_(values)
+                parameters[f"{family.DECODER_PREFIX}{key}"].data.copy_(values)
+    whole = torch.cat([head[first] for first in sorted(head)]) if head else None
+    if whole is not None:  # it may have been the embeddings
+        model.get_output_embeddings().weight = torch.nn.Parameter(whole, requires_grad=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trimvlm.errors import UserError
 from trimvlm_tools import console
+from trimvlm_tools.arguments import target_name
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", choices=("transformers",), help="with --geometry: a peer")
     parser.add_argument("--runs", type=int, default=20, help="counted rounds (default: 20)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contender (default: 2)")
-    parser.add_argument("--target", default="ort-cpu", help="with BUNDLE: what to run on (default: ort-cpu)")
+    parser.add_argument(
+        "--target", type=target_name, default="ort-cpu", help="with BUNDLE: what to run on (default: ort-cpu)"
+    )
     parser.add_argument("--image", type=Path, help="with BUNDLE: the picture to ask about (default: noise)")
     parser.add_argument("--prompt", help="with BUNDLE: the question")
     parser.add_argument("--tokens", type=int, default=16, help="with BUNDLE: at most so many (default: 16)")

@@ -50,13 +50,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Builds each profile in turn."""
+    from trimvlm.bundle import Bundle
     from trimvlm_engines import record, targets
     from trimvlm_engines.build import build
 
     target = targets.load(args.target)
     if args.no_empty_tensors:
         target = msgspec.structs.replace(target, empty_tensors=False)
-    names = [args.profile] if args.profile else sorted(record.open_bundle(args.bundle).manifest.profiles)
+    opened = (Bundle if args.explain else record.open_bundle)(args.bundle)
+    names = [args.profile] if args.profile else sorted(opened.manifest.profiles)
     if args.explain:
         return print_commands(args.bundle, target, names, as_json=args.json)
     engines, kept = {}, {}

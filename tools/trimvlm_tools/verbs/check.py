@@ -13,6 +13,7 @@ from trimvlm.bundle import Bundle
 from trimvlm.errors import UserError
 from trimvlm.parity import ParityReport
 from trimvlm_tools import console
+from trimvlm_tools.arguments import target_name
 
 GOLDENS = 4
 
@@ -36,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--target",
+        type=target_name,
         default="ort-cpu",
         metavar="T",
         help="that runs the graph; without --goldens one of ONNX Runtime's (default ort-cpu)",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimvlm_tools import console
+from trimvlm_tools.arguments import target_name
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="PROMPT is the whole text as the model sees it, image tokens included",
     )
     parser.add_argument("--profile", help="which profile of the bundle; needed where it holds several")
-    parser.add_argument("--target", default="ort-cpu", help="what to run on (ort-cpu)")
+    parser.add_argument("--target", type=target_name, default="ort-cpu", help="what to run on (ort-cpu)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="(1)")

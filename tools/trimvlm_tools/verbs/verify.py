@@ -12,12 +12,15 @@ from typing import Any
 
 from trimvlm.errors import UserError
 from trimvlm_tools import console
+from trimvlm_tools.arguments import target_name
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `trimvlm verify`."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    parser.add_argument("--target", help="its engines must fit this machine; default: say which ones do")
+    parser.add_argument(
+        "--target", type=target_name, help="its engines must fit this machine; default: say which ones do"
+    )
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
 
 
