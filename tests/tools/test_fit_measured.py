@@ -93,7 +93,7 @@ def test_plans_that_were_not_built_are_an_error(
 def test_the_tool_says_what_is_off(
     bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(bundle: Bundle, profile: str, request: Request) -> measure.Comparison:
+    def wrong(bundle: Bundle, profile: str, request: Request, target: str) -> measure.Comparison:
         return measure.Comparison(
             profile=profile, what=f"{request.text}", predicted=89_000_000, measured=100_000_000
         )

@@ -31,9 +31,9 @@ import numpy as np
 from PIL import Image
 from trimvlm.session import Session
 
-bundle, profile, prompt, tokens = sys.argv[1:]
+bundle, profile, target, prompt, tokens = sys.argv[1:]
 pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-with Session.open(bundle, profile, threads=1) as session:
+with Session.open(bundle, profile, target, threads=1) as session:
     for _ in range(2):
         for _ in session.generate(prompt, [Image.fromarray(pixels)], max_new_tokens=int(tokens)):
             pass
@@ -63,17 +63,18 @@ class Comparison(Value, frozen=True, kw_only=True):
         return abs(self.ratio - 1) <= TOLERANCE
 
 
-def memory(bundle: Bundle, profile: str, request: Request) -> Comparison:
+def memory(bundle: Bundle, profile: str, request: Request, target: str = "ort-cpu") -> Comparison:
     """Peak memory of a process that answers; the prompt has as many text rows as can be made, at most
     `request.text`.
 
     Raises:
-        UserError: see `phases`, or the model ends its answer early.
+        UserError: see `phases`, the model ends its answer early, or no engine was built for the target.
     """
     prompt, rows = make_prompt(bundle, profile, request.text)
     asked = Request(images=1, text=rows, new_tokens=request.new_tokens)
-    found = predict(bundle, profile, targets.load("ort-cpu"), asked, times=False)
-    (used,) = phases(_ANSWERS, str(bundle.directory), profile, prompt, str(request.new_tokens))
+    found = predict(bundle, profile, targets.load(target), asked, times=False)
+    engine = targets.load(target).name
+    (used,) = phases(_ANSWERS, str(bundle.directory), profile, engine, prompt, str(request.new_tokens))
     return Comparison(
         profile=profile,
         what=f"memory, {rows} text rows, {request.new_tokens} new tokens",
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         profile, _ = bundle.entry(name)
         if targets.load(args.target).provider == CPU:
             asked = [Request(text=text, new_tokens=args.new_tokens) for text in args.text]
-            found += [memory(bundle, profile, each) for each in asked]
+            found += [memory(bundle, profile, each, args.target) for each in asked]
         else:
             found += plans(bundle, profile, args.target)
     print(
