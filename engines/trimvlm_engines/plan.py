@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from trimvlm.backends.plan_library import make_logger, one_line
 from trimvlm.bundle import Lowering
 from trimvlm.errors import UserError
 from trimvlm.target import PlanOptions
@@ -80,7 +81,7 @@ def build_plan(trt: Any, work: Work, recipe: Recipe) -> None:
     """
     graph, sink = work.graph, work.sink
     assert sink is not None
-    logger = _logger(trt)
+    logger = make_logger(trt, _told)
     builder = trt.Builder(logger)
     network = versions.create_network(trt, builder)
     parser = trt.OnnxParser(network, logger)
@@ -111,14 +112,14 @@ def build_plan(trt: Any, work: Work, recipe: Recipe) -> None:
 def _parse_errors(parser: Any) -> str:
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
     return "; ".join(
-        f"node {error.node_name() or '?'} ({error.node_operator() or 'graph'}): {_one_line(error.desc())}"
+        f"node {error.node_name() or '?'} ({error.node_operator() or 'graph'}): {_told(error.desc())}"
         for error in errors[:3]
     )
 
 
-def _one_line(message: str) -> str:
-    """Without the lines about a missing CUDA driver: TensorRT-RTX builds without one."""
-    return " ".join(" ".join(line for line in message.splitlines() if "catchCudaError" not in line).split())
+def _told(message: str) -> str:
+    """On one line, without what is said of a missing CUDA driver: TensorRT-RTX builds without one."""
+    return one_line("\n".join(line for line in message.splitlines() if "catchCudaError" not in line))
 
 
 def _shape_ranges(builder: Any, network: Any, ranges: Mapping[str, ShapeRange], graph: Path) -> Any:
@@ -137,31 +138,3 @@ def _shape_ranges(builder: Any, network: Any, ranges: Mapping[str, ShapeRange], 
             raise UserError(f"{graph}: input {tensor.name} {list(dims)} has {said}; export it again")
         shapes.set_shape(tensor.name, wanted.min, wanted.opt, wanted.max)
     return shapes
-
-
-def _logger(trt: Any) -> Any:
-    """The library's log through `logging`; errors are also kept for the message of a failed build."""
-    levels = {
-        trt.ILogger.Severity.INTERNAL_ERROR: logging.INFO,
-        trt.ILogger.Severity.ERROR: logging.INFO,
-        trt.ILogger.Severity.WARNING: logging.INFO,
-        trt.ILogger.Severity.INFO: logging.DEBUG,
-    }
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.errors.append(message)
-            if severity in levels:
-                log.log(levels[severity], "%s", message)
-
-        def said(self) -> str:
-            """The errors on one line."""
-            lines = dict.fromkeys(_one_line(message) for message in self.errors)
-            return "; ".join(line for line in lines if line) or "no reason given"
-
-    return Logger()

@@ -8,6 +8,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from trimvlm_engines.quantizing.store import Matrix, Store
+from trimvlm_engines.rewriting import replace_nodes
 
 OPSET = 21  # the first with DequantizeLinear of blocks
 IR_VERSION = 10  # the first with 4-bit integers
@@ -37,12 +38,7 @@ def quantize_graph(model: onnx.ModelProto, store: Store) -> None:
             graph.initializer.extend(_tensors(matrix, store))
             nodes += [_dequantize(matrix, store)] if store.form == "dequantize" else []
         nodes += [_gemm(node, matrix)] if store.form == "dequantize" else _matmul(node, matrix, store)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    read = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    replace_nodes(graph, nodes)
     if store.form == "matmul":
         model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
     else:

@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from trimvlm_engines.rewriting import replace_nodes
+
 LOGITS, IDS = "logits", "input_ids"
 
 
@@ -49,12 +51,7 @@ def split_vocabulary(model: onnx.ModelProto, rows: int) -> bool:
         nodes += (_gemms if node.op_type == "Gemm" else _gathers)(node, pieces, graph)
     if not used:
         return False
-    del graph.node[:]
-    graph.node.extend(nodes)
-    read = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    replace_nodes(graph, nodes)
     return True
 
 

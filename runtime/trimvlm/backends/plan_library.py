@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,17 @@ class PlanLibrary:
         """Called before a context is dropped; `context` is of `create_context`."""
 
 
-def make_logger(trt: Any) -> Any:
-    """The library's log through `logging`; errors are kept for messages of our own."""
+def one_line(message: str) -> str:
+    """Its words with one space between them."""
+    return " ".join(message.split())
+
+
+def make_logger(trt: Any, clean: Callable[[str], str] = one_line) -> Any:
+    """The library's log through `logging`; errors are kept for messages of our own.
+
+    Args:
+        clean: what becomes of each error that is kept.
+    """
     severity = trt.ILogger.Severity
     levels = {
         severity.INTERNAL_ERROR: logging.INFO,
@@ -95,10 +105,15 @@ def make_logger(trt: Any) -> Any:
             if severity in levels:
                 log.log(levels[severity], "%s", message)
 
+        def said(self) -> str:
+            """The errors on one line."""
+            lines = dict.fromkeys(map(clean, self.errors))
+            return "; ".join(filter(None, lines)) or "no reason given"
+
         def taken(self) -> str:
             """The errors since the last call, on one line."""
-            lines = dict.fromkeys(" ".join(message.split()) for message in self.errors)
+            found = self.said()
             self.errors.clear()
-            return "; ".join(lines) or "no reason given"
+            return found
 
     return Logger()
