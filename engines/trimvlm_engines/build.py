@@ -46,6 +46,7 @@ def build(
     target: Target | str = targets.DEFAULT,
     profile: str | None = None,
     *,
+    asked: str = "",
     tell: Tell | None = None,
     watch: Watch | None = None,
 ) -> Engine:
@@ -58,6 +59,7 @@ def build(
         directory: the bundle.
         target: a Target, the name of a shipped one or the path of a YAML file.
         profile: name of the profile; None where the bundle holds a single one.
+        asked: what asks `trimvlm build` for this target, where that is not its name alone.
         tell: called as the work goes on, with the part and its state.
         watch: called with the part and how far the library is with its plan, many times a second.
 
@@ -89,6 +91,7 @@ def build(
             tell(role, "built" if found is None else "up to date")
         engine = Engine(
             target=target.name,
+            asked=asked,
             backend=target.backend,
             version=max((part.version for part in made.values()), key=numbers),
             compute_capability=library.options.get("compute_capability"),

@@ -31,7 +31,7 @@ def check_engine(bundle: Bundle, profile: str, engine: Engine) -> None:
         UserError: naming the field, both values and the command that builds it anew.
     """
     for field, built, found in _mismatches(bundle, profile, engine):
-        remedy = rebuild(bundle.directory, engine.target, profile)
+        remedy = rebuild(bundle.directory, engine, profile)
         if field == _SM and found is None:
             remedy = f"no GPU answers here: see trimvlm doctor; on a machine with another one {remedy}"
         raise UserError(

@@ -165,9 +165,9 @@ class Bundle:
     def remedy(self, name: str) -> str:
         """What to do about a file that is missing or damaged."""
         for profile, entry in self.manifest.profiles.items():
-            for target, engine in entry.engines.items():
+            for engine in entry.engines.values():
                 if name in engine.made:
-                    return rebuild(self.directory, target, profile)
+                    return rebuild(self.directory, engine, profile)
         return "copy the bundle again, or export to a new directory"
 
     def _damage(self, name: str) -> str:
@@ -252,9 +252,10 @@ class Bundle:
             raise UserError(self._damage(name))
 
 
-def rebuild(directory: Path, target: str, profile: str) -> str:
+def rebuild(directory: Path, engine: Engine, profile: str) -> str:
     """The command that makes an engine anew."""
-    return f"build it again with trimvlm build {directory} --target {target} --profile {profile}"
+    asked = engine.asked or f"--target {engine.target}"
+    return f"build it again with trimvlm build {directory} {asked} --profile {profile}"
 
 
 def visible_files(directory: Path) -> Iterator[str]:

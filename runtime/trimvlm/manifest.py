@@ -63,6 +63,7 @@ class Engine(Value, frozen=True, kw_only=True):
 
     Attributes:
         target: the Target's name.
+        asked: how `trimvlm build` was asked for it, e.g. `--target ./my-board.yaml`; empty: by that name.
         backend: the library that runs it and the exact version that built it.
         compute_capability: SM of the GPU that its plans are for.
         system: operating system that its plans were built on, see `trimvlm.machine`; None where there are no
@@ -77,6 +78,7 @@ class Engine(Value, frozen=True, kw_only=True):
     """
 
     target: str
+    asked: str = ""
     backend: str
     version: str
     compute_capability: str | None = None

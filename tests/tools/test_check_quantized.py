@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,14 @@ def test_activations_in_int8(bundle: Path, data: Path, tmp_path: Path) -> None:
     gated = {each.name: each for each in rung.metrics if each.limit and "max abs" in each.name}
     assert {each.verdict for each in gated.values()} == {"PASS"}
     assert gated["logits max abs, of the largest"].value > 1e-3, "rounded activations are seen"
+    own = str(tmp_path / "my-cpu.yaml")
+    assert main(["build", str(bundle), "--target", own, "--profile", "dense"]) == 0
+    piece = bundle / "dense.my-cpu.decoder.onnx"
+    piece.write_bytes(piece.read_bytes()[:-1])
+    again = f"trimvlm build {bundle} --target {own} --profile dense"
+    with pytest.raises(UserError, match=re.escape(again)):
+        Session.open(bundle, "dense", "my-cpu")
+    assert main(again.split()[1:]) == 0, "the command that the error names mends it"
     run = ["run", str(bundle), "--profile", "dense", "--prompt", "where is w1 ?", "--target"]
     assert main([*run, str(tmp_path / "my-cpu.yaml")]) == 0
     assert main([*run, str(tmp_path / "none.yaml")]) == 2

@@ -12,6 +12,7 @@ tensorrt_rtx and Polygraphy that build the same plans into the current directory
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     from trimvlm_engines.build import build
 
     target = targets.load(args.target)
+    asked = f"--target {shlex.quote(args.target)}"
     if args.no_empty_tensors:
+        asked += " --no-empty-tensors"
         target = msgspec.structs.replace(target, empty_tensors=False)
     opened = (Bundle if args.explain else record.open_bundle)(args.bundle)
     names = [args.profile] if args.profile else sorted(opened.manifest.profiles)
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         for number, name in enumerate(names):
             states = kept.setdefault(name, {})
             tell, watch = watching(show, f"{name} ({number + 1} of {len(names)})", states)
-            engines[name] = build(args.bundle, target, name, tell=tell, watch=watch)
+            engines[name] = build(args.bundle, target, name, asked=asked, tell=tell, watch=watch)
     if args.json:
         console.emit({"engines": engines, "up_to_date": kept})
         return 0
