@@ -16,12 +16,13 @@ from trimvlm.errors import UserError
 from trimvlm.schedule import Schedule, resolve
 from trimvlm_tools.bench.decisions import bench_profiles, method_decisions
 from trimvlm_tools.bench.feeds import peer_feeds, prefill_feeds
-from trimvlm_tools.bench.geometry import GEOMETRIES, IMAGE, Geometry, find_geometry, make_checkpoint
+from trimvlm_tools.bench.geometry import GEOMETRIES, Geometry, find_geometry, make_checkpoint
 from trimvlm_tools.bench.harness import Contender, Race, Spread, graph_contender, race
 from trimvlm_tools.bench.machine import fingerprint
 from trimvlm_tools.bench.memory import parse_kernel_fields, phases
 from trimvlm_tools.bench.peer import check_peer
 from trimvlm_tools.bench.prefill import contests
+from trimvlm_tools.bench.random_llava import IMAGE
 from trimvlm_tools.bench.report import Bar, Report, as_text
 from trimvlm_tools.bench.size import checkpoint_bytes
 from trimvlm_tools.cli import main
@@ -242,7 +243,7 @@ def test_geometry_makes_a_checkpoint_that_loads_and_answers(tmp_path):
     directory = make_checkpoint(TINY, tmp_path / "checkpoint")
     model: Any = LlavaForConditionalGeneration.from_pretrained(directory).eval()
     processor = AutoProcessor.from_pretrained(directory)
-    turn = [{"type": "image"}, {"type": "text", "text": TINY.prompt}]
+    turn = [{"type": "image"}, {"type": "text", "text": TINY.question(TINY.text)}]
     text = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
     inputs = processor(text=text, images=Image.new("RGB", (40, 50)), return_tensors="pt")
     ids = inputs["input_ids"][0]
@@ -267,7 +268,7 @@ def test_a_checkpoint_is_made_again_only_for_another_geometry(tmp_path):
 
 
 def test_unknown_geometries_are_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="d1024, tiny"):
+    with pytest.raises(UserError, match="d1024, llava-1b, onevision-0"):
         find_geometry("d4096")
 
 
@@ -278,7 +279,7 @@ def test_unknown_geometries_are_refused_with_the_known_ones():
         (["bundle", "--geometry", "tiny"], "either BUNDLE or --geometry"),
         (["bundle", "--against", "transformers"], "--against"),
         (["--geometry", "tiny", "--runs", "0"], "--runs: 0 is not a positive number"),
-        (["--geometry", "huge"], "choose from d1024, tiny"),
+        (["--geometry", "huge"], "choose from d1024, llava-1b, onevision-0.5b, tiny"),
         (["--geometry", "tiny", "--profiles", "turbo"], "'turbo'"),
         (["no-such-directory"], "no manifest.json here"),
     ],

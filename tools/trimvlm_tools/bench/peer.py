@@ -73,7 +73,7 @@ def _export(checkpoint: Path, geometry: Geometry, directory: Path) -> None:
     from transformers.exporters.exporter_onnx import OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
 
-    turn = [{"type": "image"}, {"type": "text", "text": geometry.prompt}]
+    turn = [{"type": "image"}, {"type": "text", "text": geometry.question(geometry.text)}]
     image = Image.new("RGB", (geometry.image, geometry.image))
     with quiet():
         model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()

@@ -15,8 +15,9 @@ from trimvlm.schedule import Schedule
 from trimvlm.value import Value
 from trimvlm_tools.bench import peer
 from trimvlm_tools.bench.feeds import peer_feeds, prefill_feeds, write_arrays
-from trimvlm_tools.bench.geometry import TEXT_BEFORE_IMAGE, Geometry
+from trimvlm_tools.bench.geometry import Geometry
 from trimvlm_tools.bench.harness import Contender, Race, Spread, graph_contender, race
+from trimvlm_tools.bench.random_llava import TEXT_BEFORE_IMAGE
 
 DENSE = "dense"
 PEER = "transformers"

@@ -63,7 +63,7 @@ def bench_geometry(
     memory = session_memory(
         bundle.directory,
         DENSE,
-        prompt=geometry.prompt,
+        prompt=geometry.question(geometry.text),
         weight_bytes=sum(bundle.manifest.files[name].bytes for name in bundle.manifest.weights),
         threads=threads,
     )
