@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from trimvlm.profile import Grid
 from trimvlm_export.passes.bfloat16 import widen
 from trimvlm_export.passes.primitive import OPSET
 from trimvlm_export.source import Source
-from trimvlm_export.trace import attach_weights, save, trace
+from trimvlm_export.trace import attach_weights, made_of, save, trace
 
 PROJECTOR = "projector.onnx"
 
@@ -38,7 +39,7 @@ def export_tower(source: Source, grid: Grid | None, wanted: VisionTaps | None) -
     _write(
         source,
         f"{file}.onnx",
-        source.family.Vision(source.config, grid, wanted),
+        lambda: source.family.Vision(source.config, grid, wanted),
         inputs={"pixel_values": source.family.pixel_values(source.config, grid)},
         outputs=["tower", *wanted.names] if wanted else ["visual"],
     )
@@ -51,7 +52,7 @@ def export_projector(source: Source, grid: Grid | None) -> str:
     _write(
         source,
         PROJECTOR,
-        source.family.Projector(source.config),
+        lambda: source.family.Projector(source.config),
         inputs={"features": ["rows", width]},
         outputs=["visual"],
     )
@@ -59,12 +60,20 @@ def export_projector(source: Source, grid: Grid | None) -> str:
 
 
 def _write(
-    source: Source, file: str, module: Any, *, inputs: dict[str, list[int | str]], outputs: list[str]
+    source: Source,
+    file: str,
+    make: Callable[[], Any],
+    *,
+    inputs: dict[str, list[int | str]],
+    outputs: list[str],
 ) -> None:
-    """Consumes the module's weights, and writes the graph where it is not there yet."""
-    weights = source.load(module.requires_grad_(False), module.parameter_names())
-    if (source.out / file).exists():
+    """Consumes the weights of the module that `make` gives; writes its graph where it is not there yet."""
+    if names := made_of(source.out / file):
+        source.tensors.taken |= names
         return
+    module = make()
+    names = module.parameter_names()
+    weights = source.load(module.requires_grad_(False), names)
     dtype = getattr(torch, source.dtype)
     sizes = {name: [EXAMPLE if isinstance(n, str) else n for n in dims] for name, dims in inputs.items()}
     example = {name: torch.zeros(dims, dtype=dtype) for name, dims in sizes.items()}
@@ -77,4 +86,4 @@ def _write(
         opset=OPSET,  # one graph for every target
     )
     attach_weights(model, weights, source.out)
-    save(widen(model), source.out / file)
+    save(widen(model), source.out / file, tensors=names.values())

@@ -27,6 +27,7 @@ from trimvlm_export import export as bundle_export
 from trimvlm_export import source
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.export import export
+from trimvlm_export.families import llava
 from trimvlm_export.reference import Reference
 
 OWN, PREVIOUS = LastRowAttention(attention="own"), LastRowAttention(attention="previous")
@@ -149,8 +150,12 @@ def test_graphs_keep_nothing_of_the_machine_that_traced_them(bundle: Bundle) -> 
         assert str(Path(__file__).parents[2]).encode() not in graph.read_bytes()
 
 
-def test_second_profile_leaves_the_first_and_the_weights_alone(checkpoint: Path, tmp_path: Path) -> None:
+def test_second_profile_leaves_the_first_and_the_weights_alone(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export(checkpoint, profile_of(checkpoint, "dense"), tmp_path / "b")
+    ignored = Bundle(tmp_path / "b").manifest.ignored_tensors
+    monkeypatch.delattr(llava, "Vision")  # its graph is there, and says which tensors it took
     before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "b").glob("*.onnx")}
     size = sum(f.stat().st_size for f in (tmp_path / "b").rglob("*") if f.is_file())
     export(checkpoint, profile_of(checkpoint, "late"), tmp_path / "b")
@@ -159,6 +164,7 @@ def test_second_profile_leaves_the_first_and_the_weights_alone(checkpoint: Path,
     assert {name: (tmp_path / "b" / name).stat().st_mtime_ns for name in before} == before
     added = sum(f.stat().st_size for f in (tmp_path / "b").rglob("*") if f.is_file()) - size
     assert added < 1_000_000
+    assert after.manifest.ignored_tensors == ignored
     after.verify()
 
 
