@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def install(peer: Peer, directory: Path) -> Path:
             pip = (str(python), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check")
             _run((*pip, *peer.REQUIREMENTS), log, f"{peer.NAME}: pip install", build)
             _finish(venv, made)
-        _show_sources(python)
+        _show_sources(venv)
     return python
 
 
@@ -157,20 +158,21 @@ def _command(peer: Peer, python: Path, path: Path, spec: dict[str, Any]) -> tupl
     return (str(python), *isolated, "-m", _WORKER, str(path))
 
 
-def _show_sources(python: Path) -> None:
+def _show_sources(venv: Path) -> None:
     """Lets the environment import trimvlm's sources, after everything of its own."""
-    asked = (str(python), "-I", "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])")
-    site_packages = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    scheme = "nt" if os.name == "nt" else "posix_prefix"
+    site_packages = sysconfig.get_path("purelib", scheme, {"base": str(venv)})
     roots = {Path(str(package.__file__)).resolve().parents[1] for package in (trimvlm, trimvlm_tools)}
     lines = "".join(f"{root}\n" for root in sorted(roots))
     (Path(site_packages) / "trimvlm-sources.pth").write_text(lines, "utf-8")
 
 
 def _recipe(peer: Peer) -> str:
-    """Hash of the peer's file and of the private files beside it."""
+    """Hash of the peer's file and of the private files beside it that it names."""
     folder = Path(peers.__path__[0])
-    files = (folder / f"{file_name(peer.NAME)}.py", *sorted(folder.glob("_[!_]*.py")))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    own = (folder / f"{file_name(peer.NAME)}.py").read_text("utf-8")
+    files = [path for path in sorted(folder.glob("_[!_]*.py")) if path.stem in own]
+    return hashlib.sha256("".join([own, *(path.read_text("utf-8") for path in files)]).encode()).hexdigest()
 
 
 def _run(command: Sequence[str], log: Path, what: str, variables: dict[str, str] | None = None) -> None:
