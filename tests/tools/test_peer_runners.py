@@ -70,12 +70,8 @@ VALUES = np.array([[1.5, -2.0], [0.25, 3.0]], np.float32)
 @pytest.mark.parametrize("root", ["language_model.model.", "model.language_model.", "model."])
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_found_under_every_layout_of_names(tmp_path, root, tied):
-    names = (
-        f"{root}embed_tokens.weight",
-        f"{root}layers.0.mlp.up_proj.weight",
-        "x.lm_head.weight",
-        "vision.w",
-    )
+    inside = ("embed_tokens.weight", "layers.0.mlp.up_proj.weight")
+    names = (*(f"{root}{name}" for name in inside), "x.lm_head.weight", "vision.w")
     config = {"model_type": "qwen2", "tie_word_embeddings": tied, "rope_theta": 7.0}
     write_checkpoint(tmp_path / "c", config, dict.fromkeys(names, VALUES))
     decoder = read_decoder(tmp_path / "c")

@@ -1,8 +1,8 @@
 """llama.cpp through llama-cpp-python, compiled on this machine for its processor.
 
 The C interface is called directly: prefill and decode are timed apart, without a sampler. The whole prompt is
-one physical batch. llama.cpp's flash attention on a CPU computes with keys and values in float16, its default for
-the KV cache: that is how int4 runs. In fp32 both are off, so that the same is computed as by others.
+one physical batch. llama.cpp's flash attention on a CPU computes with keys and values in float16, its default
+for the KV cache: that is how int4 runs. In fp32 both are off, so that the same is computed as by others.
 """
 
 from __future__ import annotations
