@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from decoder_feeds import prefill_feeds
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -19,7 +20,6 @@ from trimvlm.target import Weights
 from trimvlm_engines.quantizing.codes import dequantize, pack, quantize
 from trimvlm_engines.quantizing.graph import quantize_graph
 from trimvlm_engines.quantizing.store import Store, matrices
-from trimvlm_tools.bench.feeds import prefill_feeds
 
 SCHEMES = [Weights(bits=bits, block=block) for bits in (4, 8) for block in (16, 32)]
 

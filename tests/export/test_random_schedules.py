@@ -14,6 +14,7 @@ from random import Random
 from typing import get_args, get_type_hints
 
 import pytest
+from decoder_feeds import prefill_feeds
 from random_decisions import random_decisions
 from schedule_cases import MODELS, agree, case_of, eager, everything, expected, graphs_agree, loaded
 
@@ -23,7 +24,6 @@ from trimvlm.schedule import Row, resolve
 from trimvlm.target import Limits
 from trimvlm_engines.shapes import decoder_ranges
 from trimvlm_export.graph_io import decoder_inputs
-from trimvlm_tools.bench.feeds import prefill_feeds
 
 SCHEDULES = int(os.environ.get("TRIMVLM_SCHEDULES", "40"))
 GRAPHS = int(os.environ.get("TRIMVLM_GRAPHS", "0"))

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from decoder_feeds import prefill_feeds
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llava
 
@@ -21,7 +22,6 @@ from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.decoder_graph import decoder_names, make_decoder
 from trimvlm_export.source import Source
 from trimvlm_export.trace import attach_weights, save
-from trimvlm_tools.bench.feeds import prefill_feeds
 
 LAYERS = 9
 BY_ATTENTION = LastRowAttention(attention="previous")

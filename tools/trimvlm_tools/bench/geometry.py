@@ -67,7 +67,7 @@ class Geometry(Value, frozen=True, kw_only=True):
 
     def question(self, text: int) -> str:
         """A question that makes `text` text rows with `<s> USER: ... ASSISTANT:` around it."""
-        words = text - TEXT_BEFORE_IMAGE - 1
+        words = _left(text, TEXT_BEFORE_IMAGE + 1)
         return " ".join(
             word(len(SPECIAL) + 37 * index % (self.vocab - len(SPECIAL))) for index in range(words)
         )
@@ -100,7 +100,7 @@ class Described(Value, frozen=True, kw_only=True):
 
     def question(self, text: int) -> str:
         """A question that makes `text` text rows: the tokenizer of a described model knows letters only."""
-        return "".join("abcdefghij"[index % 10] for index in range(text - self.around))
+        return "".join("abcdefghij"[index % 10] for index in range(_left(text, self.around)))
 
     def model_spec(self) -> ModelSpec:
         """The ModelSpec for the picture, for any weights."""
@@ -170,6 +170,17 @@ def _write(geometry: Geometry, directory: Path) -> None:
         GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS).save_pretrained(directory)
         make_processor(geometry).save_pretrained(directory)
         write(directory, tensors(config), "float32", geometry.seed, math.inf)
+
+
+def _left(text: int, around: int) -> int:
+    """Rows for a question.
+
+    Raises:
+        UserError: there are none.
+    """
+    if text <= around:
+        raise UserError(f"--text: {text} rows leave none for a question; give at least {around + 1}")
+    return text - around
 
 
 @cache

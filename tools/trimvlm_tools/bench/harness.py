@@ -11,12 +11,16 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
 from trimvlm.value import Value
+from trimvlm_tools.bench.process_memory import Memory, Watched
+
+_SETTLING = 0.05  # seconds: threads of the contender before may still wait busily
 
 
 class Contender(Value, frozen=True, kw_only=True):
@@ -24,6 +28,20 @@ class Contender(Value, frozen=True, kw_only=True):
 
     name: str
     command: tuple[str, ...]
+
+
+class Resident(Value, frozen=True, kw_only=True):
+    """Memory of a contender's process.
+
+    Attributes:
+        imports: bytes resident before it loaded its model, of those that say so.
+        opened: with the model loaded.
+        used: after its last run; the peaks are those of loading and of the warm-up.
+    """
+
+    imports: int | None
+    opened: Memory
+    used: Memory
 
 
 class Spread(Value, frozen=True, kw_only=True):
@@ -47,11 +65,13 @@ class Race(Value, frozen=True, kw_only=True):
             else it replies) one value per counted round, in the order of the rounds.
         open_seconds: time to open the session.
         failed: contenders that failed, with their error; they have no figures.
+        memory: of each process; empty where the system has no /proc.
     """
 
     figures: dict[str, dict[str, tuple[float, ...]]]
     open_seconds: dict[str, float]
     failed: dict[str, str]
+    memory: dict[str, Resident] = {}
 
     def spread(self, name: str, figure: str = "seconds") -> Spread:
         """Of one figure of one contender."""
@@ -85,6 +105,7 @@ class _Process:
         self.process = subprocess.Popen(
             contender.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
+        self.watched = Watched(self.process.pid)
 
     def ask(self, command: str) -> dict[str, Any]:
         """Sends a command and returns the reply."""
@@ -156,6 +177,9 @@ def race(
     opened: dict[str, float] = {}
     failed: dict[str, str] = {}
     times: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
+    imports: dict[str, int | None] = {}
+    at_open: dict[str, Memory] = {}
+    memory: dict[str, Resident] = {}
 
     def attempt(name: str, action: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         try:
@@ -170,17 +194,28 @@ def race(
     try:
         for contender in contenders:  # one after the other: they would slow each other's start
             process = alive[contender.name] = _Process(contender)
-            if reply := attempt(contender.name, process.read):
+            with process.watched.sampled():
+                reply = attempt(contender.name, process.read)
+            if reply:
                 opened[contender.name] = float(reply.get("open_seconds", 0.0))
+                imports[contender.name] = reply.get("imports")
+                if now := process.watched.read():
+                    at_open[contender.name] = now
             advance(f"{contender.name} open")
         for round_ in range(warmup + runs):
             names = list(alive)
             first = round_ % len(names) if names else 0
             for name in names[first:] + names[:first]:
-                reply = attempt(name, lambda name=name: alive[name].ask("run"))
+                time.sleep(_SETTLING)
+                # Looking at a process costs it time, so only what is not counted is looked at.
+                with alive[name].watched.sampled() if round_ < warmup else contextlib.nullcontext():
+                    reply = attempt(name, lambda name=name: alive[name].ask("run"))
                 if reply and round_ >= warmup:
                     times[name].append({figure: float(value) for figure, value in reply.items()})
             advance(f"round {round_ + 1}")
+        for name, process in alive.items():
+            if (now := process.watched.read()) and name in at_open:
+                memory[name] = Resident(imports=imports[name], opened=at_open[name], used=now)
         for name, path in (save or {}).items():
             if name in alive:
                 attempt(name, lambda name=name, path=path: alive[name].ask(f"save {path}"))
@@ -195,17 +230,13 @@ def race(
         },
         open_seconds={name: seconds for name, seconds in opened.items() if name not in failed},
         failed=failed,
+        memory={name: held for name, held in memory.items() if name not in failed},
     )
 
 
-def graph_contender(
-    name: str, graph: Path, feeds: Path, *, threads: int, options: dict[str, str] | None = None
-) -> Contender:
-    """A contender that runs an ONNX graph on ONNX Runtime with the arrays of `feeds` (.npz).
-
-    Its specification is written beside the feeds.
-    """
-    spec = {"graph": str(graph), "feeds": str(feeds), "threads": threads, "options": options or {}}
-    path = feeds.with_suffix(".json")
+def own_contender(name: str, module: str, spec: dict[str, Any], path: Path) -> Contender:
+    """A contender of ours: `trimvlm_tools.bench.MODULE` with a specification, which is written to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(spec))
-    return Contender(name=name, command=(sys.executable, "-m", "trimvlm_tools.bench.worker", str(path)))
+    command = (sys.executable, "-m", f"trimvlm_tools.bench.{module}", str(path.absolute()))
+    return Contender(name=name, command=command)

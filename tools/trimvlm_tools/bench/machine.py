@@ -66,6 +66,11 @@ class Busy:
         return max(0.0, now - self.start - own_seconds) / wall_seconds
 
 
+def available_bytes() -> int | None:
+    """Memory that new processes can have without swapping; None: unknown."""
+    return kibibytes(_field(Path("/proc/meminfo"), "MemAvailable"))
+
+
 def kibibytes(text: str | None) -> int | None:
     """`  1234 kB` of the kernel's files, in bytes."""
     return int(text.split()[0]) * 1024 if text else None

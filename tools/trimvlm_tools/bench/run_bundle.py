@@ -10,8 +10,8 @@ from trimvlm.bundle import Bundle
 from trimvlm.errors import UserError
 from trimvlm_tools import console
 from trimvlm_tools.bench.machine import Busy, fingerprint
-from trimvlm_tools.bench.memory import SessionMemory, session_memory
 from trimvlm_tools.bench.report import Report
+from trimvlm_tools.bench.session_memory import SessionMemory, session_memory
 from trimvlm_tools.bench.stages import time_steps
 
 
@@ -66,7 +66,7 @@ def bench_bundle(
     for name in names if memory else ():
         weights = sum(bundle.manifest.files[file].bytes for file in bundle.manifest.weights)
         measured[name] = session_memory(
-            bundle.directory, name, prompt=prompt, weight_bytes=weights, threads=threads
+            bundle.directory, [name], prompt=prompt, weight_bytes=weights, threads=threads
         )
     return Report(
         machine=machine,

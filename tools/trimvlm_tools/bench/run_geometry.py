@@ -2,131 +2,170 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-from trimvlm.bundle import MANIFEST, Bundle
+import msgspec
+
+from trimvlm.encoder_rules import Tower
 from trimvlm.errors import UserError
-from trimvlm.profile import Profile
+from trimvlm.profile import ModelSpec, Profile
 from trimvlm_tools import console
-from trimvlm_tools.bench.decisions import bench_profiles
-from trimvlm_tools.bench.geometry import GEOMETRY_FILE, Geometry, make_checkpoint
+from trimvlm_tools.bench.answers import measure_answers
+from trimvlm_tools.bench.bars import geometry_bars
+from trimvlm_tools.bench.bundles import bench_bundle
+from trimvlm_tools.bench.decisions import DENSE, METHODS, QUARTER, bench_profiles
+from trimvlm_tools.bench.geometry import AnyGeometry, make_checkpoint
 from trimvlm_tools.bench.machine import Busy, fingerprint
-from trimvlm_tools.bench.memory import session_memory
-from trimvlm_tools.bench.peer import check_peer
-from trimvlm_tools.bench.prefill import (
-    DENSE,
-    PEER,
-    against_peer,
-    contests,
-    peer_contender,
-    prefill_contenders,
-    run_contest,
-)
-from trimvlm_tools.bench.report import Report, geometry_bars
+from trimvlm_tools.bench.peers import find_peer
+from trimvlm_tools.bench.points import Setting, measure_point
+from trimvlm_tools.bench.prompt_rows import Point
+from trimvlm_tools.bench.report import PeerTerms, Report
+from trimvlm_tools.bench.session_memory import session_memory
 from trimvlm_tools.bench.size import bundle_size
 
 
 def bench_geometry(
-    geometry: Geometry, *, against: str | None, methods: list[str], threads: int, runs: int, cache: Path
+    geometry: AnyGeometry,
+    *,
+    against: Sequence[str],
+    methods: Sequence[str],
+    visual: Sequence[int],
+    text: Sequence[int],
+    new_tokens: int,
+    precision: str,
+    threads: int,
+    runs: int,
+    cache: Path,
 ) -> Report:
-    """Measures prefill, memory and size of a geometry.
+    """Measures the decoder at every point, answers, memory and size of a geometry.
 
     Args:
-        against: `transformers`, or None for no peer.
-        methods: names of `bench_profiles`; empty: all. Dense always runs.
-        cache: directory for checkpoints, bundles and the peer's graph; what is there already is used.
+        against: peers.
+        methods: names of `decisions.METHODS`; empty: all. Dense always runs.
+        visual, text: visual and text rows of the points, every pair of them; empty: as the geometry has them.
+        cache: directory for checkpoints, bundles and peers; what is there already is used.
 
     Raises:
-        UserError: an unknown method, or a peer that cannot be exported here; before anything is made.
+        UserError: an unknown method or peer, before anything is made; dense failed.
     """
-    if against == PEER:
-        check_peer()
+    terms = {name: _terms(name) for name in against}
+    decoded, answered = _wanted(methods)
     machine = fingerprint()
-    profiles = _wanted(bench_profiles(geometry.model_spec()), methods)
     checkpoint = make_checkpoint(geometry, cache / "checkpoints" / geometry.name)
-    bundle = export_bundle(checkpoint, profiles, cache / "bundles" / geometry.name)
-    work = (cache / "work" / geometry.name).absolute()
-    contenders = prefill_contenders(bundle, profiles, geometry, work, threads=threads)
-    if against == PEER:
-        contenders.append(
-            peer_contender(checkpoint, geometry, cache / "peer" / geometry.name, work, threads=threads)
-        )
-    busy, started = Busy(), perf_counter()
-    own = _children_seconds()
-    with console.progress("prefill", total=len(contenders) + runs + 2) as advance:
-        result = run_contest(contenders, work, runs=runs, advance=advance)
-    others = busy.others(_children_seconds() - own, perf_counter() - started)
-    memory = session_memory(
-        bundle.directory,
-        DENSE,
-        prompt=geometry.question(geometry.text),
-        weight_bytes=sum(bundle.manifest.files[name].bytes for name in bundle.manifest.weights),
-        threads=threads,
+    model, tower = geometry.model_spec(), _tower(checkpoint, geometry)
+    sweep = [
+        Point(visual=rows, text=words, new_tokens=new_tokens)
+        for words in text or [geometry.text]
+        for rows in visual or [_usual(model)]
+    ]
+    profiles = {
+        rows: _profiles(model, tower, rows, geometry.text) for rows in {point.visual for point in sweep}
+    }
+    whole = _pick(_profiles(model, tower, model.visual_tokens, geometry.text), answered)
+    wanted = [
+        *whole.values(),
+        *(each for found in profiles.values() for each in _pick(found, decoded).values()),
+    ]
+    bundle = bench_bundle(
+        checkpoint,
+        {profile.key: profile for profile in wanted},
+        cache / "bundles" / geometry.name,
+        visual_tokens=model.visual_tokens,
+        precision=precision,
     )
-    prefill = tuple(contests(result, profiles, geometry.text))
-    peer = against_peer(result, checkpoint, work) if against == PEER and PEER not in result.failed else None
+    setting = Setting(
+        checkpoint=checkpoint,
+        bundle=bundle.directory,
+        model=model,
+        peers=tuple(against),
+        peers_directory=cache / "peers",
+        work=cache / "work" / geometry.name / precision,
+        precision=precision,
+        threads=threads,
+        runs=runs,
+        seed=geometry.seed,
+    )
+    busy, started, own = Busy(), perf_counter(), _children_seconds()
+    with console.progress("bench") as advance:
+        points = tuple(
+            measure_point(setting, _pick(profiles[point.visual], decoded), point, advance) for point in sweep
+        )
+        question = geometry.question(sweep[0].text)
+        answers = measure_answers(
+            setting, whole, question, geometry.picture, text=sweep[0].text, advance=advance
+        )
+    others = busy.others(_children_seconds() - own, perf_counter() - started)
+    memory = None
+    if precision == "fp32":
+        memory = session_memory(
+            bundle.directory,
+            [profile.key for profile in whole.values()][:2],
+            prompt=question,
+            weight_bytes=sum(bundle.manifest.files[name].bytes for name in bundle.manifest.weights),
+            threads=threads,
+        )
     size = bundle_size(bundle, checkpoint)
     return Report(
         machine=machine,
         threads=threads,
         runs=runs,
         others_busy=others,
-        failed=result.failed,
-        geometry=geometry,
-        prefill=prefill,
-        against=peer,
-        memory={DENSE: memory},
+        failed={},
+        geometry=geometry.name,
+        model=model,
+        precision=precision,
+        peers=terms,
+        points=points,
+        answers=answers,
+        memory={DENSE: memory} if memory else {},
         size=size,
-        bars=geometry_bars(prefill, peer, memory, size),
+        bars=geometry_bars(
+            geometry.name, precision, points=points, answers=answers, memory=memory, size=size
+        ),
     )
 
 
-def export_bundle(checkpoint: Path, profiles: dict[str, Profile], directory: Path) -> Bundle:
-    """The bundle of a checkpoint with these profiles; what it holds already is not exported again.
-
-    A bundle that another exporter or checkpoint made is made anew.
-    """
-    from trimvlm_export.export import export
-
-    stamp = directory.with_suffix(".made")
-    made = f"{_exporter_digest()}\n{(checkpoint / GEOMETRY_FILE).read_text()}"
-    if not (stamp.is_file() and stamp.read_text() == made):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(made)
-    held = set(Bundle(directory).manifest.profiles) if (directory / MANIFEST).is_file() else set()
-    missing = {
-        name: profile
-        for name, profile in profiles.items()
-        if name not in held or Bundle(directory).profile(name).digest != profile.digest
-    }
-    with console.progress("export", total=len(missing)) as advance:
-        for name, profile in missing.items():
-            export(checkpoint, profile, directory)
-            advance(name)
-    return Bundle(directory)
+def _terms(name: str) -> PeerTerms:
+    peer = find_peer(name)
+    return PeerTerms(requirements=peer.REQUIREMENTS, settings={k: str(v) for k, v in peer.SETTINGS.items()})
 
 
-def _exporter_digest() -> str:
-    """SHA-256 over the exporter's sources: its graphs are cached between runs."""
-    import trimvlm_export
-
-    digest = hashlib.sha256()
-    for root in trimvlm_export.__path__:
-        for path in sorted(Path(root).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _wanted(profiles: dict[str, Profile], methods: list[str]) -> dict[str, Profile]:
+def _wanted(methods: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Methods whose decoders run, and those that answer; dense first in both."""
     for name in methods:
-        if name not in profiles:
-            raise UserError(f"--profiles: no {name!r} for a geometry; choose from {', '.join(profiles)}")
-    return {name: p for name, p in profiles.items() if not methods or name in methods or name == DENSE}
+        if name not in METHODS:
+            raise UserError(f"--profiles: no {name!r} for a geometry; choose from {', '.join(METHODS)}")
+    decoded = [name for name in METHODS if name in (methods or set(METHODS) - set(QUARTER))]
+    answered = [name for name in QUARTER if not methods or name in methods]
+    return list(dict.fromkeys((DENSE, *decoded))), [DENSE, *answered]
+
+
+def _profiles(model: ModelSpec, tower: Tower, visual: int, text: int) -> dict[str, Profile]:
+    """Profiles by method, for so many visual tokens; where the model's images give another number, the names
+    tell it."""
+    if visual == model.visual_tokens:
+        return bench_profiles(model, tower, text)
+    other = msgspec.structs.replace(model, visual_tokens=visual, grid=None)
+    found = bench_profiles(other, msgspec.structs.replace(tower, views=1), text)
+    return {name: msgspec.structs.replace(each, name=f"{name}-{visual}") for name, each in found.items()}
+
+
+def _pick(profiles: dict[str, Profile], names: Sequence[str]) -> dict[str, Profile]:
+    return {name: profiles[name] for name in names}
+
+
+def _tower(checkpoint: Path, geometry: AnyGeometry) -> Tower:
+    from trimvlm_export.checkpoint import tower
+
+    return tower(checkpoint, geometry.model_spec().grid)
+
+
+def _usual(model: ModelSpec) -> int:
+    """Visual rows of the one point where none is asked for: the papers' 576 where grids vary."""
+    return 576 if model.grid else model.visual_tokens
 
 
 def _children_seconds() -> float:

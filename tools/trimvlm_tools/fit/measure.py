@@ -21,7 +21,7 @@ from trimvlm_engines import targets
 from trimvlm_engines.fit.prediction import CPU, predict
 from trimvlm_engines.fit.sizes import Request
 from trimvlm_tools import console
-from trimvlm_tools.bench.memory import phases
+from trimvlm_tools.bench.session_memory import phases
 
 TOLERANCE = 0.1
 
@@ -79,7 +79,7 @@ def memory(bundle: Bundle, profile: str, request: Request, target: str = "ort-cp
         profile=profile,
         what=f"memory, {rows} text rows, {request.new_tokens} new tokens",
         predicted=found.memory.peak,
-        measured=used.peak,
+        measured=used.memory.peak,
     )
 
 

@@ -1,9 +1,9 @@
 """Measure times and memory, turn by turn, one process per contender.
 
   trimvlm bench BUNDLE                    the steps of an answer, for every profile of the bundle
-  trimvlm bench --geometry d1024          prefill of every method, memory and size, on random weights
-  trimvlm bench --geometry d1024 --against transformers
-                                          also dense against transformers' own ONNX exporter
+  trimvlm bench --geometry llava-1b       decoders of every method, answers, memory, size, on random weights
+  trimvlm bench --geometry llava-1b --against openvino-genai llama.cpp --visual 64 576 2880 --plot DIR
+                                          also peers, for several prompts, with plots
 
 With --geometry, exits with 1 when a contender failed or a bar was missed. Ratios are medians over rounds; let
 nothing else run meanwhile (the report says how busy other work was).
@@ -22,32 +22,40 @@ from trimvlm_tools.arguments import target_name
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="a bundle's directory")
-    parser.add_argument("--geometry", metavar="NAME", help="d1024, or tiny to try the command out")
     parser.add_argument("--profiles", nargs="+", default=[], metavar="NAME", help="only these (default: all)")
-    parser.add_argument("--against", choices=("transformers",), help="with --geometry: a peer")
     parser.add_argument("--runs", type=int, default=20, help="counted rounds (default: 20)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contender (default: 2)")
-    parser.add_argument(
-        "--target", type=target_name, default="ort-cpu", help="with BUNDLE: what to run on (default: ort-cpu)"
-    )
-    parser.add_argument("--image", type=Path, help="with BUNDLE: the picture to ask about (default: noise)")
-    parser.add_argument("--prompt", help="with BUNDLE: the question")
-    parser.add_argument("--tokens", type=int, default=16, help="with BUNDLE: at most so many (default: 16)")
-    parser.add_argument("--memory", action="store_true", help="with BUNDLE: memory of each profile as well")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report as JSON to FILE")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="with --geometry: write plots (PNG) to DIR")
     parser.add_argument("--json", action="store_true", help="the report as JSON on stdout")
+    geometry = parser.add_argument_group("with --geometry")
+    geometry.add_argument(
+        "--geometry", metavar="NAME", help="llava-1b, onevision-0.5b, d1024, or tiny to try the command out"
+    )
+    geometry.add_argument(
+        "--against", nargs="+", default=[], metavar="PEER", help="peers (docs/benchmarks.md)"
+    )
+    geometry.add_argument(
+        "--visual", nargs="+", type=int, default=[], metavar="N", help="visual rows to sweep"
+    )
+    geometry.add_argument("--text", nargs="+", type=int, default=[], metavar="N", help="text rows to sweep")
+    geometry.add_argument("--new-tokens", type=int, default=128, help="tokens of each answer (default: 128)")
+    geometry.add_argument("--precision", choices=("fp32", "int4"), default="fp32", help="of the weights")
+    answer = parser.add_argument_group("with BUNDLE")
+    answer.add_argument(
+        "--target", type=target_name, default="ort-cpu", help="what to run on (default: ort-cpu)"
+    )
+    answer.add_argument("--image", type=Path, help="the picture to ask about (default: noise)")
+    answer.add_argument("--prompt", help="the question")
+    answer.add_argument("--tokens", type=int, default=16, help="at most so many (default: 16)")
+    answer.add_argument("--memory", action="store_true", help="memory of each profile's session as well")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures and reports."""
-    if (args.bundle is None) == (args.geometry is None):
-        raise UserError("give either BUNDLE or --geometry NAME")
-    for name in ("runs", "threads", "tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}: {getattr(args, name)} is not a positive number")
-    if args.bundle is not None and args.against:
-        raise UserError("--against: compares with --geometry only")
-    from trimvlm_tools.bench.report import as_text
+    _check(args)
+    from trimvlm_tools.bench.report import as_data
+    from trimvlm_tools.bench.tables import as_text
 
     report = _geometry(args) if args.geometry else _bundle(args)
     if args.out:
@@ -56,12 +64,32 @@ def run(args: argparse.Namespace) -> int:
         from trimvlm.bundle import write_whole
 
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.out, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        write_whole(args.out, msgspec.json.format(msgspec.json.encode(as_data(report)), indent=2) + b"\n")
+    if args.plot:
+        from trimvlm_tools.bench.plots import draw
+
+        for path in draw(report, args.plot):
+            console.say(f"{path}: written")
     if args.json:
-        console.emit(report)
+        console.emit(as_data(report))
     else:
         print(as_text(report))
     return 0 if report.good else 1
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.bundle is None) == (args.geometry is None):
+        raise UserError("give either BUNDLE or --geometry NAME")
+    for name in ("runs", "threads", "tokens", "new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not a positive number")
+    for name, least in (("visual", 16), ("text", 3)):
+        if small := [value for value in getattr(args, name) if value < least]:
+            raise UserError(f"--{name}: {small[0]} rows are too few; give at least {least}")
+    if args.bundle is not None:
+        for name in ("against", "plot"):
+            if getattr(args, name):
+                raise UserError(f"--{name}: goes with --geometry only")
 
 
 def _geometry(args: argparse.Namespace):
@@ -72,6 +100,10 @@ def _geometry(args: argparse.Namespace):
         find_geometry(args.geometry),
         against=args.against,
         methods=args.profiles,
+        visual=args.visual,
+        text=args.text,
+        new_tokens=args.new_tokens,
+        precision=args.precision,
         threads=args.threads,
         runs=args.runs,
         cache=Path("build/bench"),

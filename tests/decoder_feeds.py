@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from trimvlm.rules import RouterScores
@@ -52,19 +50,6 @@ def prefill_feeds(
     return feeds
 
 
-def peer_feeds(
-    embedding_VD: np.ndarray, visual_tokens: int, *, text: int, before_image: int, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """The same prefill for a graph that takes embeddings of all rows in the order of the prompt."""
-    rows_TD = embedding_VD[token_ids(embedding_VD.shape[0], text, seed)]
-    visual_ND = visual_rows(visual_tokens, embedding_VD.shape[1], seed)
-    all_SD = np.concatenate((rows_TD[:before_image], visual_ND, rows_TD[before_image:]))
-    return {
-        "inputs_embeds": np.ascontiguousarray(all_SD[None], np.float32),
-        "position_ids": np.arange(all_SD.shape[0])[None],
-    }
-
-
 def token_ids(vocab: int, text: int, seed: int) -> np.ndarray:
     """int64 [T]."""
     return np.random.default_rng(seed).integers(0, vocab, text)
@@ -73,8 +58,3 @@ def token_ids(vocab: int, text: int, seed: int) -> np.ndarray:
 def visual_rows(count: int, width: int, seed: int) -> np.ndarray:
     """float32 [N, D], of the size of normalised activations."""
     return np.random.default_rng([seed, 1]).standard_normal((count, width), dtype=np.float32)
-
-
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes arrays by name as .npz."""
-    np.savez(path, allow_pickle=False, **arrays)

@@ -1,0 +1,170 @@
+"""The sweep: the decoder's workload at one point, all contenders and the machine's peaks turn by turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimvlm.bundle import Bundle
+from trimvlm.profile import ModelSpec, Profile
+from trimvlm.schedule import Schedule
+from trimvlm.value import Value
+from trimvlm_tools.bench import peaks as machine_peaks
+from trimvlm_tools.bench.bundles import TARGETS
+from trimvlm_tools.bench.decisions import DENSE
+from trimvlm_tools.bench.decoding import DecoderFigures, agreement, own_figures, peer_figures
+from trimvlm_tools.bench.groups import race_in_groups
+from trimvlm_tools.bench.harness import Contender, own_contender
+from trimvlm_tools.bench.peaks import Peaks, peaks_contender, read_peaks
+from trimvlm_tools.bench.peers.environment import Decoding, PeerError, peer_contender
+from trimvlm_tools.bench.prompt_rows import Point, decoder_rows, embedding_rows, image_part, prompt_ids
+from trimvlm_tools.bench.roofline import weight_values
+
+
+class PointFigures(Value, frozen=True, kw_only=True):
+    """All contenders at one point, ours first and dense first among them.
+
+    Attributes:
+        peaks: of the machine, measured in the same rounds; None: that failed.
+        failed: contenders that failed, with their error.
+    """
+
+    point: Point
+    peaks: Peaks | None
+    contenders: tuple[DecoderFigures, ...]
+    failed: dict[str, str]
+
+    def of(self, kind: str) -> list[DecoderFigures]:
+        """Only `own` or `peer`."""
+        return [each for each in self.contenders if each.kind == kind]
+
+
+class Setting(Value, frozen=True, kw_only=True):
+    """What holds for all points of one geometry."""
+
+    checkpoint: Path
+    bundle: Path
+    model: ModelSpec
+    peers: tuple[str, ...]
+    peers_directory: Path
+    work: Path
+    precision: str
+    threads: int
+    runs: int
+    seed: int
+
+
+def measure_point(
+    setting: Setting,
+    profiles: Mapping[str, Profile],
+    point: Point,
+    advance: Callable[[str], None] = lambda _: None,
+) -> PointFigures:
+    """Races everybody at one point.
+
+    Args:
+        profiles: by method, for `point.visual` visual tokens.
+    """
+    work = setting.work / point.name
+    work.mkdir(parents=True, exist_ok=True)
+    ids_S = prompt_ids(point, setting.model.vocab, setting.seed)
+    np.save(work / "ids.npy", ids_S)
+    schedules = {name: Schedule.resolve(each, each.model) for name, each in profiles.items()}
+    ours = [_own(setting, profiles[name], name, point, ids_S) for name in profiles]
+    theirs, failed = _peers(setting, point, work)
+    always = [ours[0], peaks_contender(work, threads=setting.threads)]
+    save = {each.name: work / f"{each.name}.outputs.npz" for each in (ours[0], *theirs)}
+    value_bytes = weight_bytes(setting, profiles[DENSE])
+    needs = _needs([*always, *ours[1:], *theirs], schedules[DENSE], point, value_bytes)
+    result = race_in_groups(
+        [*ours[1:], *theirs], always=always, needs=needs, runs=setting.runs, save=save, advance=advance
+    )
+    failed |= result.failed
+    peaks = read_peaks(result)
+    figures: list[DecoderFigures] = [
+        own_figures(result, name, each, schedules[DENSE], point, value_bytes=value_bytes, peaks=peaks)
+        for name, each in schedules.items()
+        if name not in failed
+    ]
+    for each in theirs:
+        if each.name in failed:
+            continue
+        found = agreement(save[DENSE], save[each.name])
+        if setting.precision == "fp32" and not found.same:
+            failed[each.name] = _differs(found.tokens, found.logits)
+            continue
+        figures.append(
+            peer_figures(result, each.name, schedules[DENSE], point, value_bytes=value_bytes, agreement=found)
+        )
+    return PointFigures(point=point, peaks=peaks, contenders=tuple(figures), failed=failed)
+
+
+def weight_bytes(setting: Setting, dense: Profile) -> float:
+    """Bytes of one value of the decoder's matrices as they are read: 4 in float32; else what the file of
+    quantised weights takes, codes and scales together."""
+    if setting.precision == "fp32":
+        return 4.0
+    manifest = Bundle(setting.bundle).manifest
+    engine = manifest.profiles[dense.key].engines[TARGETS[setting.precision]]
+    files = {options["quantized"]["file"] for options in engine.options.values() if "quantized" in options}
+    total = sum(manifest.files[file].bytes for file in files)
+    return total / weight_values(Schedule.resolve(dense, dense.model))
+
+
+def _own(setting: Setting, profile: Profile, name: str, point: Point, ids_S: NDArray[np.int64]) -> Contender:
+    work, schedule = setting.work / point.name, Schedule.resolve(profile, profile.model)
+    image = ids_S[image_part(point.visual)][: schedule.visual_tokens]
+    rows = decoder_rows(ids_S, point.visual, embedding_rows(setting.checkpoint, image))
+    path = work / f"{name}.rows.npz"
+    np.savez(path, allow_pickle=False, **rows)
+    spec = {
+        "bundle": str(setting.bundle.absolute()),
+        "profile": profile.key,
+        "target": TARGETS[setting.precision],
+        "threads": setting.threads,
+        "rows": str(path.absolute()),
+        "new_tokens": point.new_tokens,
+    }
+    return own_contender(name, "decoder_worker", spec, work / f"{name}.json")
+
+
+def _peers(setting: Setting, point: Point, work: Path) -> tuple[list[Contender], dict[str, str]]:
+    found, failed = [], {}
+    for name in setting.peers:
+        try:
+            found.append(
+                peer_contender(
+                    name,
+                    Decoding(ids=work / "ids.npy", new_tokens=point.new_tokens),
+                    setting.checkpoint,
+                    setting.peers_directory,
+                    precision=setting.precision,
+                    threads=setting.threads,
+                    label=name,
+                )
+            )
+        except PeerError as error:
+            failed[name] = str(error)
+    return found, failed
+
+
+def _needs(
+    contenders: Sequence[Contender], dense: Schedule, point: Point, value_bytes: float
+) -> dict[str, int]:
+    """Memory that each may take, generously: 1.5 times the weights, caches twice, a layer's scores."""
+    model, rows = dense.model, point.visual + point.text + point.new_tokens
+    weights = value_bytes * weight_values(dense) + 4 * model.hidden * model.vocab
+    caches = 8 * model.layers * model.kv_heads * model.head_dim * rows
+    scores = 4 * model.heads * rows * rows + 4 * rows * (3 * model.ffn + model.vocab)
+    each = round(1.5 * weights + 2 * caches + scores + 0.5e9)
+    needs = {contender.name: each for contender in contenders}
+    return needs | {machine_peaks.NAME: 3 << 30}
+
+
+def _differs(tokens: int, logits: float | None) -> str:
+    by = "" if logits is None else f", its logits differ by {logits:.2g} of the largest"
+    first = "another first token" if tokens == 0 else "the same first token"
+    return f"computes something else than our dense decoder: {first}{by}; times are not compared"
