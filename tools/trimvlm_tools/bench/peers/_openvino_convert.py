@@ -29,7 +29,7 @@ def load(checkpoint: Path) -> Any:
 
 
 def _hide_broken_torchvision() -> None:
-    """The index's torchvision is built for CUDA and does not load beside a torch without; LLaVA needs none."""
+    """A torchvision built for CUDA, the index's, does not load beside a torch without; LLaVA needs none."""
     try:
         importlib.import_module("torchvision")
     except (ImportError, RuntimeError):

@@ -13,6 +13,11 @@ def link_checkpoint(checkpoint: Path, directory: Path) -> None:
     (directory / _LINK).symlink_to(checkpoint.resolve(), target_is_directory=True)
 
 
+def linked_checkpoint(directory: Path) -> Path:
+    """The checkpoint that was linked."""
+    return directory / _LINK
+
+
 def load_decoder(directory: Path, threads: int) -> tuple[Any, Any]:
     """The language model and its LM head, fp32, with `sdpa` attention; the image side is let go."""
     model = load_model(directory, threads)
@@ -26,7 +31,7 @@ def load_model(directory: Path, threads: int) -> Any:
 
     torch.set_num_threads(threads)
     model: Any = AutoModelForImageTextToText.from_pretrained(
-        directory / _LINK, dtype=torch.float32, attn_implementation="sdpa"
+        linked_checkpoint(directory), dtype=torch.float32, attn_implementation="sdpa"
     )
     return model.eval().requires_grad_(False)
 
@@ -35,7 +40,7 @@ def load_processor(directory: Path) -> Any:
     """The processor of a linked checkpoint."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(directory / _LINK)
+    return AutoProcessor.from_pretrained(linked_checkpoint(directory))
 
 
 def read_question(processor: Any, image: bytes, question: str) -> Any:
