@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trimvlm.bundle import Bundle, Entry
+from trimvlm.backends.providers import CPU
+from trimvlm.bundle import Bundle, DecoderGraph, Entry
 from trimvlm.errors import UserError
 from trimvlm.images import pixel_shape
+from trimvlm.opening import on_cpu
 from trimvlm.schedule import Schedule
 from trimvlm.target import Target
 from trimvlm.value import Value
@@ -55,10 +57,18 @@ class Part(Value, frozen=True, kw_only=True):
 
 def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role, Part]:
     """What has to be built for one profile. Profiles that share a graph share its plan."""
+    decoder = on_cpu(entry) if target.provider == CPU else target.decoder
+    return parts_of(bundle, name, entry, target, decoder)
+
+
+def parts_of(
+    bundle: Bundle, name: str, entry: Entry, target: Target, lowering: DecoderGraph
+) -> dict[Role, Part]:
+    """The same with the decoder in a certain lowering."""
     manifest = bundle.manifest
     profile = bundle.profile(name)
     schedule = Schedule.resolve(profile, entry.model)
-    decoder = entry.decoders.get(target.decoder)
+    decoder = entry.decoders.get(lowering)
     if decoder is None:
         raise _no_decoder(bundle, entry, name, target)
     weights = {file: manifest.files[file].sha256 for file in manifest.weights}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from trimvlm.backends.caches import LAYERS
 from trimvlm.bundle import DecoderGraph
 from trimvlm.schedule import Schedule
 from trimvlm_export.decoder import Decoder
+from trimvlm_export.passes.in_place import to_in_place
 from trimvlm_export.passes.primitive import to_primitive
 from trimvlm_export.repeated_layers import trace_decoder
 from trimvlm_export.source import Source
@@ -27,7 +30,7 @@ def export_decoder(
         filled: the graph without empty tensors (`trimvlm.filling`).
 
     Returns:
-        Lowering to file name.
+        Lowering to file name; `in_place` where some caches can grow so.
     """
     fused: DecoderGraph = "fused.filled" if filled else "fused"
     primitive: DecoderGraph = "primitive.filled" if filled else "primitive"
@@ -37,6 +40,13 @@ def export_decoder(
     model = trace_decoder(module, dtype=getattr(torch, source.dtype))
     attach_weights(model, weights, source.out)
     save(model, source.out / files[fused])
+    if not filled:
+        changed = model.clone()
+        if layers := to_in_place(changed):
+            files["in_place"] = f"{name}.decoder.in_place.onnx"
+            rows = {layer: schedule.rows[layer].cached for layer in layers}
+            told = json.dumps({"image": schedule.visual_tokens, "layers": rows})
+            save(changed, source.out / files["in_place"], properties={LAYERS: told})
     save(to_primitive(model), source.out / files[primitive])
     return files
 

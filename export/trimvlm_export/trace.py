@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from trimvlm.bundle import write_whole
 from trimvlm_export.checkpoint import Tensor
 
-MADE_OF = "trimvlm.tensors"  # property of a graph
+MADE_OF = "trimvlm.tensors"  # property of a graph: transformers' names of the tensors that went into it
 INLINE_LIMIT = 1 << 20  # bytes of constants that may live in the graph file itself
 
 
@@ -89,12 +89,9 @@ def attach_weights(model: ir.Model, weights: Mapping[str, Tensor], directory: Pa
     assert inline < INLINE_LIMIT, f"{inline} bytes of weights were copied into the graph"
 
 
-def save(model: ir.Model, path: Path, *, tensors: Iterable[str] = ()) -> None:
-    """Writes the graph without the exporter's notes (source lines of the machine that traced it).
-
-    Args:
-        tensors: transformers' names of the tensors that went into it, for `made_of`.
-    """
+def save(model: ir.Model, path: Path, *, properties: Mapping[str, str] | None = None) -> None:
+    """Writes the graph with its own properties, and without the exporter's notes (source lines of the machine
+    that traced it)."""
     for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
         value.doc_string = None
@@ -104,14 +101,13 @@ def save(model: ir.Model, path: Path, *, tensors: Iterable[str] = ()) -> None:
         for value in node.outputs:
             value.metadata_props.clear()
     model.metadata_props.clear()
-    if names := sorted(tensors):
-        model.metadata_props[MADE_OF] = "\n".join(names)
+    model.metadata_props.update(properties or {})
     model.graph.metadata_props.clear()
     write_whole(path, ir.serde.serialize_model(model).SerializeToString())
 
 
 def made_of(path: Path) -> set[str]:
-    """transformers' names of the tensors that went into a graph; empty where no graph is that says it."""
+    """What a graph's property of that name says; empty where there is no such graph."""
     if not path.exists():
         return set()
     return set(ir.load(path).metadata_props.get(MADE_OF, "").split())

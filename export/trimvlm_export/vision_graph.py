@@ -12,7 +12,7 @@ from trimvlm.profile import Grid
 from trimvlm_export.passes.bfloat16 import widen
 from trimvlm_export.passes.primitive import OPSET
 from trimvlm_export.source import Source
-from trimvlm_export.trace import attach_weights, made_of, save, trace
+from trimvlm_export.trace import MADE_OF, attach_weights, made_of, save, trace
 
 PROJECTOR = "projector.onnx"
 
@@ -86,4 +86,4 @@ def _write(
         opset=OPSET,  # one graph for every target
     )
     attach_weights(model, weights, source.out)
-    save(widen(model), source.out / file, tensors=names.values())
+    save(widen(model), source.out / file, properties={MADE_OF: "\n".join(sorted(names.values()))})

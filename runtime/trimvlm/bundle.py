@@ -9,6 +9,7 @@
     router-<digest>.onnx              router with its .safetensors, for profiles that have it
     <profile>.decoder.fused.onnx      decoder graphs, a file of kilobytes each: weights are external data
     <profile>.decoder.primitive.onnx
+    <profile>.decoder.in_place.onnx   fused, with caches that grow in place: `trimvlm.backends.caches`
     <profile>.decoder.*.filled.onnx   the same without empty tensors, if asked for: `trimvlm.filling`
     <profile>.profile.json
     <profile>.goldens.json            what the reference computed, for `trimvlm check`

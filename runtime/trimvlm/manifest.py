@@ -27,7 +27,7 @@ _ZEROS = "0" * 64
 _CHECKSUM = re.compile(rb'\{\n  "format": \d+,\n  "checksum": "(?P<checksum>[0-9a-f]{64})",\n')
 
 Lowering = Literal["fused", "primitive"]
-DecoderGraph = Literal["fused", "primitive", "fused.filled", "primitive.filled"]
+DecoderGraph = Literal["fused", "in_place", "primitive", "fused.filled", "primitive.filled"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 

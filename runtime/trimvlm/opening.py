@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from trimvlm.backends import Backend, load_backend
 from trimvlm.backends.blocks import Blocks, block_roles, part_of
 from trimvlm.binding import check_engine
-from trimvlm.bundle import Bundle, Engine
+from trimvlm.bundle import Bundle, DecoderGraph, Engine, Entry
 from trimvlm.errors import UserError
 from trimvlm.machine import PLAN_LIBRARIES
+from trimvlm.target import numbers
 
 ORT_CPU = "ort-cpu"
+IN_PLACE_SINCE = (1, 25)  # of ONNX Runtime: has TensorScatter on the CPU
 
 
 def check_opening(bundle: Bundle, names: Iterable[str], target: str) -> None:
@@ -67,6 +70,15 @@ def open_backends(
     return found
 
 
+def on_cpu(entry: Entry) -> DecoderGraph:
+    """The decoder graph for ONNX Runtime on a CPU: where its version can, with caches that grow in place."""
+    try:
+        can = numbers(version("onnxruntime")) >= IN_PLACE_SINCE
+    except PackageNotFoundError:  # a build of another name
+        can = False
+    return "in_place" if can and "in_place" in entry.decoders else "fused"
+
+
 def _of_engine(bundle: Bundle, name: str, target: str) -> dict[str, Any]:
     """Options of the backend that follow from what a profile was built for, and how."""
     engine = bundle.manifest.profiles[name].engines.get(target)
@@ -105,7 +117,7 @@ def _graphs(bundle: Bundle, name: str, target: str) -> tuple[str, dict[str, str]
     if engine is None and target == ORT_CPU:
         some = {"projector": entry.projector, "router": entry.router}
         others = {role: file for role, file in some.items() if file}
-        return "onnxruntime", {"vision": entry.vision, **others, "decoder": entry.decoders["fused"]}
+        return "onnxruntime", {"vision": entry.vision, **others, "decoder": entry.decoders[on_cpu(entry)]}
     if engine is None:
         built = ", ".join(sorted({ORT_CPU, *entry.engines}))
         raise UserError(

@@ -15,6 +15,7 @@ from operator_list import refused
 
 from trimvlm.bundle import Bundle, record, write_manifest
 from trimvlm.errors import UserError
+from trimvlm.opening import on_cpu
 from trimvlm.target import Limits
 from trimvlm_engines import targets
 from trimvlm_engines.build import build
@@ -34,7 +35,8 @@ def test_engine_is_recorded(bundle: Path) -> None:
     opened = Bundle(bundle)
     assert opened.manifest.profiles["fastv"].engines == {"ort-cpu": engine}
     assert (engine.backend, engine.version) == ("onnxruntime", onnxruntime.__version__)
-    assert engine.graphs == {"vision": "vision.onnx", "decoder": "fastv.decoder.fused.onnx"}
+    entry = opened.manifest.profiles["fastv"]
+    assert engine.graphs == {"vision": entry.vision, "decoder": entry.decoders[on_cpu(entry)]}
     assert engine.profile_digest == opened.profile("fastv").digest
     assert engine.measured["decoder_seconds"] > 0
     opened.verify()
@@ -65,7 +67,7 @@ def test_stale_parts_are_built_again(bundle: Path, change: str) -> None:
     if change == "library":
         engine, expected = msgspec.structs.replace(engine, version="1.24.0"), both
     else:
-        name = entry.decoders["fused"] if change == "graph" else manifest.weights[0]
+        name = entry.decoders[on_cpu(entry)] if change == "graph" else manifest.weights[0]
         data = bytearray((bundle / name).read_bytes())
         if change == "graph":
             data += b"\x32\x01x"  # the model's doc_string
@@ -84,7 +86,8 @@ def test_stale_parts_are_built_again(bundle: Path, change: str) -> None:
 def test_graph_that_does_not_run_is_refused_and_not_recorded(bundle: Path, contents: Contents) -> None:
     import onnx
 
-    graph = bundle / "dense.decoder.fused.onnx"
+    entry = Bundle(bundle).manifest.profiles["dense"]
+    graph = bundle / entry.decoders[on_cpu(entry)]
     model = onnx.load(graph, load_external_data=False)
     for node in model.graph.node:
         if node.op_type == "Attention":
@@ -94,9 +97,7 @@ def test_graph_that_does_not_run_is_refused_and_not_recorded(bundle: Path, conte
     files = {**manifest.files, graph.name: record(graph)}
     write_manifest(bundle, msgspec.structs.replace(manifest, files=files))
     before = contents()
-    with pytest.raises(
-        UserError, match=r"dense.decoder.fused.onnx: ONNX Runtime .* cannot load this graph .*Atention"
-    ):
+    with pytest.raises(UserError, match=rf"{graph.name}: ONNX Runtime .* cannot load this graph .*Atention"):
         build(bundle, profile="dense")
     assert contents() == before
 

@@ -104,7 +104,7 @@ def rows_of(inputs: dict[str, Any]) -> Prompt:
     return Prompt(input_ids=ids[ids != 4], text_positions=places[ids != 4], visual_positions=places[ids == 4])
 
 
-@pytest.mark.parametrize("lowering", ["fused", "primitive"])
+@pytest.mark.parametrize("lowering", ["fused", "in_place", "primitive"])
 @pytest.mark.parametrize("name", DECISIONS)
 @pytest.mark.parametrize("images", [1, 2])
 def test_graph_equals_reference(

@@ -18,6 +18,7 @@ from trimvlm.bundle import Bundle, record, write_manifest
 from trimvlm.encoder_rules import EncoderStage, VisPruner
 from trimvlm.errors import UserError
 from trimvlm.manifest import read_manifest
+from trimvlm.opening import on_cpu
 from trimvlm.parity import Metric, ParityReport, Rung
 from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select, SkipMode, SkipStage
 from trimvlm.rules import LastRowAttention, RouterScores, ValueInfluence
@@ -273,7 +274,8 @@ def test_a_graph_with_other_weights_fails_the_gate(tiny: tuple[Path, Path], tmp_
     damaged = shutil.copytree(bundle, tmp_path / "damaged")
     questions = load_samples(data)[:1]
     assert check(Bundle(damaged), "patches", questions, data="tiny").verdict == "PASS"
-    graph = damaged / Bundle(damaged).manifest.profiles["patches"].decoders["fused"]
+    entry = Bundle(damaged).manifest.profiles["patches"]
+    graph = damaged / entry.decoders[on_cpu(entry)]
     model = onnx.load(graph, load_external_data=False)
     swap = {"layers.0.mlp.gate_proj.weight": "layers.0.mlp.up_proj.weight"}
     swap |= {new: old for old, new in swap.items()}

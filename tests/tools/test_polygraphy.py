@@ -48,12 +48,13 @@ def polygraphy(graph: Path, files: Path) -> subprocess.CompletedProcess[str]:
 
 
 def graphs(bundle: Path, profile: str) -> Iterator[tuple[str, Path]]:
-    """Role and file of every graph that a profile has, the decoder in each lowering."""
+    """Role and file of every graph that a profile has, the decoder in each lowering but the one whose caches
+    are memory that Polygraphy cannot give it."""
     opened = Bundle(bundle)
     _, entry = opened.entry(profile)
     some = {"vision": entry.vision, "projector": entry.projector, "router": entry.router}
     yield from ((role, opened.path(file)) for role, file in some.items() if file)
-    yield from (("decoder", opened.path(file)) for file in entry.decoders.values())
+    yield from (("decoder", opened.path(file)) for kind, file in entry.decoders.items() if kind != "in_place")
 
 
 def agrees(bundle: Path, profile: str, folder: Path) -> int:

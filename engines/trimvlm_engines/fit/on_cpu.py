@@ -7,10 +7,14 @@ once had; the vision session gives it back after each image.
 
 from __future__ import annotations
 
+from typing import Any
+
+from trimvlm.backends.caches import KINDS, ROOM
 from trimvlm.bundle import Bundle
 from trimvlm_engines.fit import live
 from trimvlm_engines.fit.arena import Arena
 from trimvlm_engines.fit.memory import MIB, Memory, Piece, decodes, kv_layers
+from trimvlm_engines.fit.outcomes import Shape
 from trimvlm_engines.fit.sizes import Request
 from trimvlm_engines.fit.subject import Subject
 
@@ -32,7 +36,12 @@ def memory(bundle: Bundle, subject: Subject, request: Request, value_bytes: int)
         value_bytes: of a key's or value's element.
     """
     scratch = {role: _arena(role, subject, request) for role in subject.graphs}
-    caches = sum(kv_layers(subject.schedule, request, value_bytes))
+    layers = kv_layers(subject.schedule, request, value_bytes)
+    grown = [layers[number] for number in subject.in_place]  # not in the arena
+    model = subject.schedule.model
+    room = (
+        ROOM * len(grown) * 2 * model.kv_heads * model.head_dim * value_bytes if request.new_tokens > 1 else 0
+    )
     runtime = LIBRARIES + TOKENIZER * bundle.manifest.files[bundle.manifest.text.tokenizer].bytes
     every = [(name, weight) for graph in subject.graphs.values() for name, weight in graph.weights.items()]
     copies = {name: weight.bytes for name, weight in every if not weight.looked_up}
@@ -45,12 +54,13 @@ def memory(bundle: Bundle, subject: Subject, request: Request, value_bytes: int)
         Piece(name="runtime and libraries", bytes=runtime + ANSWERING, basis="measured"),
         Piece(name="weights", bytes=weights, basis="counted", note="private copies"),
         Piece(name="tables", bytes=tables, basis="counted", note="mapped: rows that are looked up"),
-        Piece(name="KV cache", bytes=caches, basis="counted"),
+        Piece(name="KV cache", bytes=sum(layers), basis="counted"),
+        Piece(name="room in the KV cache", bytes=room, basis="counted", note=f"{ROOM} rows of each layer"),
         Piece(
             name="decoder activations",
-            bytes=max(0, scratch["decoder"] - caches),
+            bytes=max(0, scratch["decoder"] - (sum(layers) - sum(grown))),
             basis="simulated",
-            note="with the KV cache's second copy in a step",
+            note="with a second copy of caches that do not grow in place",
         ),
         Piece(name="vision activations", bytes=before, basis="simulated"),
     )
@@ -65,12 +75,17 @@ def memory(bundle: Bundle, subject: Subject, request: Request, value_bytes: int)
 def _arena(role: str, subject: Subject, request: Request) -> int:
     """Bytes that a session's arena comes to."""
     arena, graph = Arena(), subject.graphs[role]
-    kept = live.run(graph.sized(subject.first(role, request)), graph.outputs, arena, live.scores_apart)
+    apart = {f"present_{kind}.{layer}" for kind in KINDS for layer in subject.in_place if decodes(role)}
+
+    def run(shapes: dict[str, Shape]) -> dict[str, Any]:
+        sized = graph.sized(shapes)
+        return live.run(sized, graph.outputs, arena, live.scores_apart, outside=apart.__contains__)
+
+    kept = run(subject.first(role, request))
     for number in _steps(request.new_tokens) if decodes(role) else ():
         for name in [name for name in kept if not name.startswith("present_")]:
             arena.give(kept.pop(name))
-        sized = graph.sized(subject.step(request, number))
-        after = live.run(sized, graph.outputs, arena, live.scores_apart)
+        after = run(subject.step(request, number))
         for chunk in kept.values():
             arena.give(chunk)
         kept = after

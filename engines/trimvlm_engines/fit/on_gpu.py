@@ -33,7 +33,7 @@ def memory(subject: Subject, target: Target, value_bytes: int) -> Memory:
     Args:
         value_bytes: of a key's or value's element.
     """
-    graphs, parts, schedule = subject
+    graphs, parts, schedule, _ = subject
     limits = target.limits
     caches = kv_layers(
         schedule,

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import onnx
+
+from trimvlm.backends.caches import LAYERS
+from trimvlm.backends.providers import CPU
 from trimvlm.bundle import Bundle
+from trimvlm.opening import on_cpu
 from trimvlm.schedule import Schedule
 from trimvlm.target import Target
 from trimvlm_engines.fit import sizes
 from trimvlm_engines.fit.graph import Graph
 from trimvlm_engines.fit.outcomes import Shape
 from trimvlm_engines.fit.sizes import Request
-from trimvlm_engines.parts import Part
-from trimvlm_engines.parts import parts as make_parts
+from trimvlm_engines.parts import Part, parts_of
 
 
 class Subject(NamedTuple):
-    """See the module's text. Graphs and parts are by role, in the order in which they run."""
+    """See the module's text. Graphs and parts are by role, in the order in which they run.
+
+    Attributes:
+        in_place: layers whose caches grow where they are (`trimvlm.backends.caches`). The decoder here is the
+            one that makes them anew: its sizes follow from shapes alone.
+    """
 
     graphs: dict[str, Graph]
     parts: dict[str, Part]
     schedule: Schedule
+    in_place: frozenset[int]
 
     @classmethod
     def of(cls, bundle: Bundle, name: str, target: Target, float_bytes: int | None = None) -> Subject:
@@ -35,11 +46,14 @@ class Subject(NamedTuple):
             UserError: no decoder for the target, or a selection that its TopK cannot make.
         """
         entry = bundle.manifest.profiles[name]
-        parts = make_parts(bundle, name, entry, target)
+        parts = parts_of(bundle, name, entry, target, target.decoder)
         graphs = {
             role: _read(bundle.path(part.graph), part.made, float_bytes) for role, part in parts.items()
         }
-        return cls(graphs, parts, Schedule.resolve(bundle.profile(name), entry.model))
+        schedule = Schedule.resolve(bundle.profile(name), entry.model)
+        grows = target.provider == CPU and on_cpu(entry) == "in_place"
+        in_place = _in_place(bundle.path(entry.decoders["in_place"])) if grows else frozenset()
+        return cls(graphs, parts, schedule, in_place)
 
     def first(self, role: str, request: Request) -> dict[str, Shape]:
         """Shapes of a graph's inputs in its first run for a request: of the prompt, or of one image."""
@@ -53,6 +67,12 @@ class Subject(NamedTuple):
         return sizes.step(
             self.graphs["decoder"], self.parts["decoder"].ranges, self.schedule, request, number
         )
+
+
+def _in_place(path: Path) -> frozenset[int]:
+    model = onnx.load(str(path), load_external_data=False)
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    return frozenset(map(int, json.loads(told[LAYERS])["layers"]))
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ import numpy as np
 
 from trimvlm.backends import Port, check_feeds
 from trimvlm.backends.blocks import part_of
+from trimvlm.backends.caches import LAYERS, InPlace
 from trimvlm.backends.providers import CPU, CUDA, check_provider, create_session, nodes_on_cpu
 from trimvlm.errors import UserError
 
@@ -92,6 +93,7 @@ class OnnxRuntimeBackend:
         self.device = device
         self.sessions: dict[str, Any] = {}
         self.ports: dict[str, tuple[dict[str, Port], dict[str, Port]]] = {}
+        self.in_place: dict[str, InPlace] = {}  # the decoder, where its caches grow in place
 
     def __enter__(self) -> OnnxRuntimeBackend:
         try:
@@ -101,16 +103,19 @@ class OnnxRuntimeBackend:
             self.sessions.clear()
             raise
         for role, session in self.sessions.items():
-            self.ports[role] = (
-                {node.name: _port(node) for node in session.get_inputs()},
-                {node.name: _port(node) for node in session.get_outputs()},
-            )
+            inputs = {node.name: _port(node) for node in session.get_inputs()}
+            outputs = {node.name: _port(node) for node in session.get_outputs()}
+            self.ports[role] = inputs, outputs
+            if LAYERS in session.get_modelmeta().custom_metadata_map:
+                self.in_place[role] = InPlace(session, inputs, outputs)
+                self.ports[role] = self.in_place[role].inputs, outputs
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.sessions.clear()
+        self.in_place.clear()
 
     def inputs(self, role: str) -> dict[str, Port]:
         return self.ports[role][0]
@@ -126,11 +131,13 @@ class OnnxRuntimeBackend:
 
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         check_feeds(self.inputs(role), arrays)
-        values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         once: Any = getattr(onnxruntime, "RunOptions")()  # noqa: B009 its stubs do not name it
         if role == "vision" and self.provider in ARENAS:  # its scratch memory is of no use to the decoder
             arena = ARENAS[self.provider].format(self.device)
             once.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
+        if role in self.in_place:
+            return self.in_place[role].run(feeds, fetch, keep, once)
+        values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         session, names = self.sessions[role], [*fetch, *keep]
         if self.provider == CPU:  # without the 10 microseconds that binding costs each input and output
             results = session.run_with_ort_values(names, {**feeds, **values}, once)

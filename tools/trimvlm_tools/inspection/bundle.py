@@ -59,7 +59,9 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
 def _files(entry: Entry) -> list[tuple[str, str]]:
     """Roles and graphs of a profile in the order in which they run."""
     found = [("vision", entry.vision), ("projector", entry.projector), ("router", entry.router)]
-    found += [(f"decoder, {lowering}", file) for lowering, file in sorted(entry.decoders.items())]
+    # Those that take and give the same next to one another.
+    decoders = sorted(entry.decoders.items(), key=lambda item: (item[0] == "in_place", item))
+    found += [(f"decoder, {lowering}", file) for lowering, file in decoders]
     return [(role, file) for role, file in found if file]
 
 

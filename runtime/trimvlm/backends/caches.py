@@ -1,0 +1,135 @@
+"""KV caches that grow in place, for the decoder graphs that `trimvlm_export.passes.in_place` makes.
+
+Such a graph has for layers {l} that it names in its property `LAYERS`, in place of `past_key.{l}` and
+`past_value.{l}`:
+
+    cache_key.{l}, cache_value.{l}      float [1, G, B_l, C]: buffers of B_l rows
+    past_rows.{l} int64 [1]             how many of these are rows of the past
+    present_key.{l}, present_value.{l}  the buffers with the new rows behind the past; the same memory
+
+Here it takes and gives what an ordinary decoder does. A buffer is as large as the prompt needs; for the
+tokens after it grows by `ROOM` rows at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimvlm.backends import Port
+
+LAYERS = "trimvlm.cached_rows"  # JSON: {"image": visual rows of one image, "layers": {l: those it caches}}
+CACHE, PAST, PAST_ROWS, PRESENT = "cache", "past", "past_rows", "present"
+KINDS = ("key", "value")
+ROOM = 64  # rows; attention passes over those that are not filled
+
+
+class Caches:
+    """Buffers of one conversation.
+
+    Attributes:
+        buffers: [1, G, B, C] by name (`key.3`).
+        rows: filled rows, by layer.
+        runs: how many; what an earlier run than the last one kept is of no use any more.
+    """
+
+    def __init__(self, past: Mapping[str, NDArray[Any]]) -> None:
+        self.buffers = dict(past)
+        self.rows = {int(name.partition(".")[2]): array.shape[2] for name, array in past.items()}
+        self.runs = 0
+
+    def reserve(self, layer: int, wanted: int) -> None:
+        """Makes room for `wanted` rows; for just these before the first run: a prompt's attention then passes
+        over none that is not filled."""
+        for name in (f"{kind}.{layer}" for kind in KINDS):
+            before = self.buffers[name]
+            if self.runs and before.shape[2] >= wanted:
+                continue
+            _, heads, _, size = before.shape
+            # Attention weighs what is not filled with zero, which must not meet a NaN.
+            buffer = np.zeros((1, heads, wanted + (ROOM if self.runs else 0), size), before.dtype)
+            buffer[:, :, : self.rows[layer]] = before[:, :, : self.rows[layer]]
+            self.buffers[name] = buffer
+
+    def filled(self, name: str) -> NDArray[Any]:
+        """A copy of a cache's rows."""
+        return self.buffers[name][:, :, : self.rows[int(name.partition(".")[2])]].copy()
+
+
+class Kept:
+    """What a run leaves of one cache for the next one."""
+
+    def __init__(self, caches: Caches) -> None:
+        self.caches, self.run = caches, caches.runs
+
+
+class InPlace:
+    """A session of such a graph, with the inputs and outputs of an ordinary decoder.
+
+    Args:
+        session: ONNX Runtime's, on the CPU.
+        inputs, outputs: its ports.
+    """
+
+    def __init__(self, session: Any, inputs: Mapping[str, Port], outputs: Mapping[str, Port]) -> None:
+        told = json.loads(session.get_modelmeta().custom_metadata_map[LAYERS])
+        self.image: int = told["image"]
+        self.layers = {int(layer): int(rows) for layer, rows in told["layers"].items()}
+        self.names = [f"{kind}.{layer}" for layer in self.layers for kind in KINDS]
+        self.session = session
+        self.inputs = {
+            name.replace(f"{CACHE}_", f"{PAST}_", 1): port
+            for name, port in inputs.items()
+            if not name.startswith(f"{PAST_ROWS}.")
+        }
+        self.outputs = dict(outputs)
+
+    def run(
+        self, feeds: Mapping[str, Any], fetch: Sequence[str], keep: Sequence[str], options: Any
+    ) -> dict[str, Any]:
+        """See `Backend.run`. Feeds are arrays, OrtValues or what the run before kept, which is used up."""
+        past = {name: feeds[f"{PAST}_{name}"] for name in self.names}
+        caches, given = _caches(past), feeds["visual"].shape[0]
+        binding = self.session.io_binding()
+        for layer, visual in self.layers.items():
+            before = caches.rows[layer]
+            wanted = before + given * visual // self.image + feeds["input_ids"].shape[0]
+            caches.reserve(layer, wanted)
+            caches.rows[layer] = wanted
+            binding.bind_cpu_input(f"{PAST_ROWS}.{layer}", np.array([before]))
+        for name in self.names:
+            buffer = caches.buffers[name]
+            place = "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data
+            binding.bind_input(f"{CACHE}_{name}", *place)
+            binding.bind_output(f"{PRESENT}_{name}", *place)
+        for name in self.inputs:
+            if name.partition("_")[2] in past:
+                continue
+            if isinstance(feeds[name], np.ndarray):
+                binding.bind_cpu_input(name, feeds[name])
+            else:
+                binding.bind_ortvalue_input(name, feeds[name])
+        others = [name for name in (*fetch, *keep) if name.partition("_")[2] not in past]
+        for name in others:
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding, options)
+        caches.runs += 1
+        values = dict(zip(others, binding.get_outputs()[2 * len(self.layers) :], strict=True))
+        results: dict[str, Any] = {name: values[name].numpy() for name in fetch if name in values}
+        results |= {name: values[name] for name in keep if name in values}
+        results |= {name: caches.filled(name.partition("_")[2]) for name in fetch if name not in values}
+        return results | {name: Kept(caches) for name in keep if name not in values}
+
+
+def _caches(past: Mapping[str, Any]) -> Caches:
+    """The caches that a run goes on with: those of the run before, or new ones of arrays."""
+    first = next(iter(past.values()))
+    if not isinstance(first, Kept):
+        return Caches(past)
+    same = all(isinstance(each, Kept) and each.caches is first.caches for each in past.values())
+    assert same and first.run == first.caches.runs, "what a run kept was fed to another run before"
+    return first.caches

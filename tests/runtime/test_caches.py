@@ -1,0 +1,168 @@
+"""Caches that grow in place against caches that are made anew, run by run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from shared_bundle import shared_bundle
+
+from trimvlm.backends import load_backend
+from trimvlm.backends.caches import LAYERS, ROOM, Kept
+from trimvlm.bundle import Bundle
+from trimvlm.decoding import Decoder, prefill_inputs, step_inputs
+from trimvlm.opening import IN_PLACE_SINCE, on_cpu
+from trimvlm.profile import Decisions, LayerRule, Select
+from trimvlm.rules import LastRowAttention
+from trimvlm.target import numbers
+from trimvlm.text import Prompt
+
+OWN, PREVIOUS = LastRowAttention(attention="own"), LastRowAttention(attention="previous")
+DECISIONS = {
+    "dense": Decisions(),
+    "late": Decisions(inject=1, exit=4, select=(Select(layer=2, keep=7, by=OWN),)),
+    "ranked": Decisions(select=(Select(layer=2, keep=8, by=PREVIOUS),)),
+    "uncached": Decisions(
+        layers=(LayerRule(layers=(2, 3), cache="none"), LayerRule(layers=(4,), query="none"))
+    ),
+    "blind": Decisions(mask="post_softmax", layers=(LayerRule(layers=(1,), text_keys="none"),)),
+}
+# Caches are made anew in layers whose keys a selection or a softmax of its own reads, and in those that cache
+# other rows than they read.
+GROWING = {
+    "dense": [0, 1, 2, 3, 4],
+    "late": [0, 1, 3, 4],
+    "ranked": [0, 2, 3, 4],
+    "uncached": [0, 1, 4],
+    "blind": [0, 2, 3, 4],
+}
+
+pytestmark = pytest.mark.skipif(
+    numbers(onnxruntime.__version__) < IN_PLACE_SINCE, reason="this ONNX Runtime has no TensorScatter"
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle(shared_bundle(tmp_path_factory, DECISIONS, layers=5))
+
+
+def prompt(bundle: Bundle, name: str, images: int) -> tuple[Prompt, np.ndarray]:
+    """Rows of a prompt of 6 text rows with the images after the second."""
+    model = bundle.manifest.profiles[name].model
+    visual = images * model.visual_tokens
+    positions, rng = np.arange(visual + 6), np.random.default_rng(images)
+    rows = Prompt(
+        input_ids=rng.integers(5, 60, 6),
+        text_positions=np.delete(positions, slice(2, 2 + visual)),
+        visual_positions=positions[2 : 2 + visual],
+    )
+    return rows, rng.standard_normal((visual, model.hidden), dtype=np.float32)
+
+
+def open_decoder(bundle: Bundle, name: str, lowering: Any) -> Any:
+    decoders = bundle.manifest.profiles[name].decoders
+    return load_backend("onnxruntime", {"decoder": bundle.path(decoders[lowering])}, {"threads": 1})
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("name", DECISIONS)
+def test_every_step_is_as_with_caches_made_anew(bundle: Bundle, name: str, images: int) -> None:
+    rows, visual = prompt(bundle, name, images)
+    with open_decoder(bundle, name, "fused") as anew, open_decoder(bundle, name, "in_place") as backend:
+        presents = [each for each in anew.outputs("decoder") if each.startswith("present_")]
+        assert set(backend.outputs("decoder")) == set(anew.outputs("decoder"))
+        assert set(backend.inputs("decoder")) == set(anew.inputs("decoder"))
+        ours, theirs = Decoder(backend, ["logits"], presents), Decoder(anew, ["logits"], presents)
+        ours_all, theirs_all = Decoder(backend, ["logits", *presents]), Decoder(anew, ["logits", *presents])
+        kept, wanted = ours(prefill_inputs(rows, visual)), theirs(prefill_inputs(rows, visual))
+        for number in range(2 * ROOM + 5):  # buffers grow three times
+            np.testing.assert_allclose(kept["logits"], wanted["logits"], atol=2e-5)
+            at = rows.length + number, 5 + number % 50
+            kept, wanted = (
+                run(step_inputs(at[1], at[0], before)) for run, before in ((ours, kept), (theirs, wanted))
+            )
+        end = rows.length + 2 * ROOM + 5
+        found = ours_all(step_inputs(7, end, kept))
+        for each, value in theirs_all(step_inputs(7, end, wanted)).items():
+            np.testing.assert_allclose(found[each], value, atol=2e-5, err_msg=each)
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_arrays_go_in_and_come_out(bundle: Bundle, name: str) -> None:
+    """As `Session.prefill` and `Session.step` give and take them."""
+    rows, visual = prompt(bundle, name, 1)
+    with open_decoder(bundle, name, "fused") as anew, open_decoder(bundle, name, "in_place") as backend:
+        runs = [Decoder(each, list(each.outputs("decoder"))) for each in (backend, anew)]
+        ours, theirs = (run(prefill_inputs(rows, visual)) for run in runs)
+        for number in range(3):
+            assert set(ours) == set(theirs)
+            for each, value in theirs.items():
+                assert ours[each].shape == value.shape, each
+                np.testing.assert_allclose(ours[each], value, atol=2e-5, err_msg=each)
+            again = runs[0](step_inputs(9, rows.length + number, ours))  # arrays are not used up
+            ours, theirs = (
+                run(step_inputs(9, rows.length + number, before))
+                for run, before in zip(runs, (ours, theirs), strict=True)
+            )
+            np.testing.assert_array_equal(again["logits"], ours["logits"])
+
+
+def test_new_rows_are_written_where_the_old_ones_lie(bundle: Bundle) -> None:
+    rows, visual = prompt(bundle, "dense", 1)
+    with open_decoder(bundle, "dense", "in_place") as backend:
+        presents = [each for each in backend.outputs("decoder") if each.startswith("present_")]
+        decoder = Decoder(backend, ["logits"], presents)
+        kept = decoder(prefill_inputs(rows, visual))
+        caches = kept["present_key.0"].caches
+        assert caches.buffers["key.0"].shape[2] == rows.length  # no room for prefill to pass over
+        kept = decoder(step_inputs(9, rows.length, kept))
+        buffer = caches.buffers["key.0"]
+        assert buffer.shape[2] == rows.length + 1 + ROOM
+        before = buffer.copy()
+        kept = decoder(step_inputs(11, rows.length + 1, kept))
+        assert caches.buffers["key.0"] is buffer and caches.rows[0] == rows.length + 2
+        written = np.flatnonzero((buffer != before).any(axis=(0, 1, 3)))
+        assert written.tolist() == [rows.length + 1]
+
+
+def test_what_was_kept_is_used_up_by_the_next_run(bundle: Bundle) -> None:
+    rows, visual = prompt(bundle, "dense", 1)
+    with open_decoder(bundle, "dense", "in_place") as backend:
+        presents = [each for each in backend.outputs("decoder") if each.startswith("present_")]
+        decoder = Decoder(backend, ["logits"], presents)
+        kept = decoder(prefill_inputs(rows, visual))
+        assert isinstance(kept["present_key.0"], Kept)
+        decoder(step_inputs(9, rows.length, kept))
+        with pytest.raises(AssertionError, match="fed to another run before"):
+            decoder(step_inputs(9, rows.length, kept))
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_which_layers_grow_in_place(bundle: Bundle, name: str) -> None:
+    entry = bundle.manifest.profiles[name]
+    assert on_cpu(entry) == "in_place"
+    model = onnx.load(str(bundle.path(entry.decoders["in_place"])), load_external_data=False)
+    told = {each.key: each.value for each in model.metadata_props}
+    assert [int(layer) for layer in json.loads(told[LAYERS])["layers"]] == GROWING[name]
+    names = {value.name for value in model.graph.input}
+    assert {f"cache_key.{layer}" for layer in GROWING[name]} <= names
+    assert {f"past_key.{layer}" for layer in set(range(5)) - set(GROWING[name])} <= names
+
+
+def test_an_older_library_gets_the_fused_graph(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = bundle.manifest.profiles["dense"]
+    monkeypatch.setattr("trimvlm.opening.version", lambda name: "1.24.4")
+    assert on_cpu(entry) == "fused"
+
+
+def test_graph_is_small(bundle: Bundle) -> None:
+    """Weights stay where they are, as in the other lowerings."""
+    files: dict[Any, str] = dict(bundle.manifest.profiles["dense"].decoders)
+    sizes = {kind: Path(bundle.path(file)).stat().st_size for kind, file in files.items()}
+    assert sizes["in_place"] < 1.5 * sizes["fused"]
