@@ -123,12 +123,34 @@ def test_new_rows_are_written_where_the_old_ones_lie(bundle: Bundle) -> None:
         assert caches.buffers["key.0"].shape[2] == rows.length  # no room for prefill to pass over
         kept = decoder(step_inputs(9, rows.length, kept))
         buffer = caches.buffers["key.0"]
-        assert buffer.shape[2] == rows.length + 1 + ROOM
+        assert buffer.shape[2] == rows.length + ROOM
         before = buffer.copy()
         kept = decoder(step_inputs(11, rows.length + 1, kept))
         assert caches.buffers["key.0"] is buffer and caches.rows[0] == rows.length + 2
         written = np.flatnonzero((buffer != before).any(axis=(0, 1, 3)))
         assert written.tolist() == [rows.length + 1]
+
+
+def test_the_next_conversation_gets_the_memory_of_the_last(bundle: Bundle) -> None:
+    """Memory that was never touched costs time, and what was left in it must not be seen."""
+    rows, visual = prompt(bundle, "dense", 2)
+    short, fewer = prompt(bundle, "dense", 1)
+    with open_decoder(bundle, "dense", "in_place") as backend:
+        presents = [each for each in backend.outputs("decoder") if each.startswith("present_")]
+        decoder = Decoder(backend, ["logits"], presents)
+        fresh = [decoder(prefill_inputs(short, fewer))]
+        fresh.append(decoder(step_inputs(9, short.length, fresh[0])))
+        memory = fresh[1]["present_key.0"].caches.memory["key.0"]
+        long = decoder(prefill_inputs(rows, visual))
+        other = long["present_key.0"].caches.memory["key.0"]
+        assert not np.shares_memory(memory, other), "the first conversation may still go on"
+        other[:] = np.nan
+        del long
+        again = [decoder(prefill_inputs(short, fewer))]
+        assert np.shares_memory(again[0]["present_key.0"].caches.memory["key.0"], other)
+        again.append(decoder(step_inputs(9, short.length, again[0])))
+        for one, two in zip(fresh, again, strict=True):
+            np.testing.assert_array_equal(one["logits"], two["logits"])
 
 
 def test_what_was_kept_is_used_up_by_the_next_run(bundle: Bundle) -> None:

@@ -14,6 +14,7 @@ tokens after it grows by `ROOM` rows at a time.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,14 +34,19 @@ class Caches:
 
     Attributes:
         buffers: [1, G, B, C] by name (`key.3`).
+        memory: what they lie in, with room.
         rows: filled rows, by layer.
         runs: how many; what an earlier run than the last one kept is of no use any more.
     """
 
-    def __init__(self, past: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(self, past: Mapping[str, NDArray[Any]], spare: dict[str, NDArray[Any]]) -> None:
+        """`spare` is memory that is free; what is used of it is put back when nothing refers to these."""
         self.buffers = dict(past)
+        self.memory: dict[str, NDArray[Any]] = {}
         self.rows = {int(name.partition(".")[2]): array.shape[2] for name, array in past.items()}
         self.runs = 0
+        self.spare = spare
+        weakref.finalize(self, spare.update, self.memory).atexit = False
 
     def reserve(self, layer: int, wanted: int) -> None:
         """Makes room for `wanted` rows; for just these before the first run: a prompt's attention then passes
@@ -49,11 +55,22 @@ class Caches:
             before = self.buffers[name]
             if self.runs and before.shape[2] >= wanted:
                 continue
-            _, heads, _, size = before.shape
-            # Attention weighs what is not filled with zero, which must not meet a NaN.
-            buffer = np.zeros((1, heads, wanted + (ROOM if self.runs else 0), size), before.dtype)
-            buffer[:, :, : self.rows[layer]] = before[:, :, : self.rows[layer]]
-            self.buffers[name] = buffer
+            rows = max(wanted, before.shape[2] + ROOM) if self.runs else wanted
+            self.buffers[name] = buffer = self._lay_out(name, before, rows)
+            for head in reversed(range(before.shape[1])):  # the last moves farthest, in the same memory
+                buffer[0, head, : self.rows[layer]] = before[0, head, : self.rows[layer]]
+            buffer[:, :, wanted:] = 0  # attention gives the room no weight, which a NaN would survive
+
+    def _lay_out(self, name: str, before: NDArray[Any], rows: int) -> NDArray[Any]:
+        """A buffer of `rows` rows, in the same memory where it is large enough."""
+        _, heads, _, size = before.shape
+        memory = self.memory.get(name)
+        if memory is None:
+            memory = self.spare.pop(name, None)
+        if memory is None or memory.size < heads * rows * size:
+            memory = np.empty(heads * (rows + ROOM) * size, before.dtype)
+        self.memory[name] = memory
+        return memory[: heads * rows * size].reshape(1, heads, rows, size)
 
     def filled(self, name: str) -> NDArray[Any]:
         """A copy of a cache's rows."""
@@ -81,6 +98,7 @@ class InPlace:
         self.layers = {int(layer): int(rows) for layer, rows in told["layers"].items()}
         self.names = [f"{kind}.{layer}" for layer in self.layers for kind in KINDS]
         self.session = session
+        self.spare: dict[str, NDArray[Any]] = {}
         self.inputs = {
             name.replace(f"{CACHE}_", f"{PAST}_", 1): port
             for name, port in inputs.items()
@@ -93,7 +111,7 @@ class InPlace:
     ) -> dict[str, Any]:
         """See `Backend.run`. Feeds are arrays, OrtValues or what the run before kept, which is used up."""
         past = {name: feeds[f"{PAST}_{name}"] for name in self.names}
-        caches, given = _caches(past), feeds["visual"].shape[0]
+        caches, given = self._caches(past), feeds["visual"].shape[0]
         binding = self.session.io_binding()
         for layer, visual in self.layers.items():
             before = caches.rows[layer]
@@ -124,12 +142,11 @@ class InPlace:
         results |= {name: caches.filled(name.partition("_")[2]) for name in fetch if name not in values}
         return results | {name: Kept(caches) for name in keep if name not in values}
 
-
-def _caches(past: Mapping[str, Any]) -> Caches:
-    """The caches that a run goes on with: those of the run before, or new ones of arrays."""
-    first = next(iter(past.values()))
-    if not isinstance(first, Kept):
-        return Caches(past)
-    same = all(isinstance(each, Kept) and each.caches is first.caches for each in past.values())
-    assert same and first.run == first.caches.runs, "what a run kept was fed to another run before"
-    return first.caches
+    def _caches(self, past: Mapping[str, Any]) -> Caches:
+        """The caches that a run goes on with: those of the run before, or new ones of arrays."""
+        first = next(iter(past.values()))
+        if not isinstance(first, Kept):
+            return Caches(past, self.spare)
+        same = all(isinstance(each, Kept) and each.caches is first.caches for each in past.values())
+        assert same and first.run == first.caches.runs, "what a run kept was fed to another run before"
+        return first.caches
