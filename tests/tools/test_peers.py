@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import zipfile
@@ -22,6 +23,7 @@ from trimvlm_tools.bench.peers.environment import Answering, Decoding, PeerError
 FAKE = """
 from pathlib import Path
 from trimvlm_tools.bench.peers import Decoded
+from trimvlm_tools.bench.peers._fake_part import ZERO
 
 NAME = "fake.peer"
 REQUIREMENTS = ()
@@ -33,7 +35,7 @@ def convert(checkpoint, directory, precision):
     print("converting")
     if not (checkpoint / "number").exists():
         raise ValueError("no number in the checkpoint")
-    (directory / "number").write_text((checkpoint / "number").read_text() + len(precision) * "0")
+    (directory / "number").write_text((checkpoint / "number").read_text() + len(precision) * ZERO)
 
 class Counter:
     def __init__(self, directory, threads):
@@ -69,10 +71,12 @@ def sources(tmp_path, monkeypatch) -> Path:
     shutil.copytree(package / "bench", copy / "bench", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(package / "__init__.py", copy)
     (copy / "bench/peers/fake_peer.py").write_text(FAKE)
+    (copy / "bench/peers/_fake_part.py").write_text("ZERO = '0'\n")
     monkeypatch.setattr(peers, "__path__", [str(copy / "bench/peers")])
     monkeypatch.setattr(trimvlm_tools, "__file__", str(copy / "__init__.py"))
     monkeypatch.setenv("PYTHONPATH", str(copy.parent))
-    monkeypatch.delitem(sys.modules, "trimvlm_tools.bench.peers.fake_peer", raising=False)
+    for name in ("fake_peer", "_fake_part"):
+        monkeypatch.delitem(sys.modules, f"trimvlm_tools.bench.peers.{name}", raising=False)
     return copy / "bench/peers"
 
 
@@ -105,7 +109,8 @@ def declared() -> list[Peer]:
 def test_every_peer_declares_what_the_report_and_its_environment_need(peer):
     assert peers.file_name(peer.NAME) == peer.__name__.rpartition(".")[2]
     assert "fp32" in peer.PRECISIONS and peer.SETTINGS
-    assert all("==" in requirement for requirement in peer.REQUIREMENTS)
+    assert all(re.search("[=>]=", requirement) for requirement in peer.REQUIREMENTS)
+    assert find_peer(getattr(peer, "ENVIRONMENT", peer.NAME)).REQUIREMENTS == peer.REQUIREMENTS
     assert callable(peer.convert) and callable(peer.open_decoder)
     assert callable(getattr(peer, "open_answer", None)) == peer.ANSWERS
     assert peer.ANSWERS or not peer.PRUNES
@@ -193,10 +198,14 @@ def test_a_conversion_is_made_once_and_again_for_another_checkpoint_or_recipe(
     environment.convert(peer, checkpoint, tmp_path, "int4")
     assert (model / "number").read_text() == "81110000"
     (model / "number").write_text("kept")
+    (sources / "_fake_part.py").write_text("ZERO = '1'\n")
+    environment.convert(peer, checkpoint, tmp_path, "int4")
+    assert (model / "number").read_text() == "81111111"
+    (model / "number").write_text("kept")
     with (sources / "fake_peer.py").open("a") as file:
         file.write("# another recipe\n")
     environment.convert(peer, checkpoint, tmp_path, "int4")
-    assert (model / "number").read_text() == "81110000"
+    assert (model / "number").read_text() == "81111111"
 
 
 def test_a_conversion_that_fails_is_said_in_its_own_last_words_and_tried_again(sources, checkpoint, tmp_path):

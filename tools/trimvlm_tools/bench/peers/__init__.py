@@ -66,7 +66,8 @@ class Peer(Protocol):
         ANSWERS: whether it answers questions about images; then the file has `open_answer`.
         PRUNES: whether answers can be given from fewer visual tokens (`keep`).
 
-    `BUILD_ENVIRONMENT`, where a file has it, is set while the requirements are installed.
+    A file may also have `BUILD_ENVIRONMENT`, variables that are set while the requirements are installed, and
+    `ENVIRONMENT`, the name of the peer whose environment it shares.
     """
 
     NAME: str

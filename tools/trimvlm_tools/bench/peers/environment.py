@@ -95,7 +95,7 @@ def install(peer: Peer, directory: Path) -> Path:
     """
     if not peer.REQUIREMENTS:
         return Path(sys.executable)
-    venv = directory.resolve() / peer.NAME / "venv"
+    venv = directory.resolve() / getattr(peer, "ENVIRONMENT", peer.NAME) / "venv"
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     build = getattr(peer, "BUILD_ENVIRONMENT", {})
     made = {"requirements": list(peer.REQUIREMENTS), "build": build, "python": platform.python_version()}
@@ -168,11 +168,13 @@ def _show_sources(venv: Path) -> None:
 
 
 def _recipe(peer: Peer) -> str:
-    """Hash of the peer's file and of the private files beside it that it names."""
-    folder = Path(peers.__path__[0])
-    own = (folder / f"{file_name(peer.NAME)}.py").read_text("utf-8")
-    files = [path for path in sorted(folder.glob("_[!_]*.py")) if path.stem in own]
-    return hashlib.sha256("".join([own, *(path.read_text("utf-8") for path in files)]).encode()).hexdigest()
+    """Hash of the peer's file and of the files beside it that it imports, and so on."""
+    sources = {path.stem: path.read_text("utf-8") for path in Path(peers.__path__[0]).glob("*.py")}
+    found, text = {file_name(peer.NAME)}, ""
+    for _ in sources:
+        text = "".join(sources[name] for name in sorted(found))
+        found |= {name for name in sources if re.search(rf"peers(\.| import ){name}\b", text)}
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _run(command: Sequence[str], log: Path, what: str, variables: dict[str, str] | None = None) -> None:

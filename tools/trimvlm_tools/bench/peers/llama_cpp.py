@@ -2,7 +2,8 @@
 
 The C interface is called directly: prefill and decode are timed apart, without a sampler. The whole prompt is
 one physical batch. llama.cpp's flash attention on a CPU computes with keys and values in float16, its default
-for the KV cache: that is how int4 runs. In fp32 both are off, so that the same is computed as by others.
+for the KV cache: that is how int4 runs. In fp32 both are off, so that the same is computed as by others;
+`llama.cpp-f16` is fp32 with both on.
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ def convert(checkpoint: Path, directory: Path, precision: str) -> None:
 
 def open_decoder(directory: Path, threads: int, precision: str) -> Runner:
     """Loads the model."""
+    return Runner(load(directory), threads, whole=precision == "fp32")
+
+
+def load(directory: Path) -> Any:
+    """llama.cpp's handle of a converted model.
+
+    Raises:
+        RuntimeError: it cannot be loaded.
+    """
     import llama_cpp
 
     llama_cpp.llama_backend_init()
@@ -62,7 +72,7 @@ def open_decoder(directory: Path, threads: int, precision: str) -> Runner:
     model = llama_cpp.llama_model_load_from_file(path, llama_cpp.llama_model_default_params())
     if model is None:
         raise RuntimeError("llama.cpp could not load the model")
-    return Runner(model, threads, whole=precision == "fp32")
+    return model
 
 
 class Runner:
