@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 NAME = "transformers-compiled"
 REQUIREMENTS = ()
 # Inductor's `freezing` is left out: each graph then holds its own laid-out copy of the weights, for no gain.
-SETTINGS = {"attention": "sdpa", "cache": "static", "fullgraph": True, "dynamic": False}
+COMPILE = {"backend": "inductor", "fullgraph": True, "dynamic": False}
+SETTINGS = {"attention": "sdpa", "cache": "static", **COMPILE}
 PRECISIONS = ("fp32",)
 ANSWERS = False
 PRUNES = False
@@ -79,10 +80,7 @@ class _Decoder:
         torch.compiler.reset()
         self._cache = StaticCache(config=self._decoder.config, max_cache_len=rows + new_tokens)
         # Two functions: a graph each, neither guarded by the other's shape.
-        self._compiled = {
-            count: torch.compile(self._step(), fullgraph=SETTINGS["fullgraph"], dynamic=SETTINGS["dynamic"])
-            for count in {rows, 1}
-        }
+        self._compiled = {count: torch.compile(self._step(), **COMPILE) for count in {rows, 1}}
         self._shape = rows, new_tokens
         for _ in range(2):  # the cache is laid out by the first pass, and its graphs hold from the second on
             self._decode(np.zeros(rows, np.int64), min(new_tokens, 2))
