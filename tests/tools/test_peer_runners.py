@@ -231,7 +231,7 @@ class LlamaLibrary(ModuleType):
     def llama_decode(self, context, batch) -> int:
         self.calls.append(len(batch))
         self.rows += batch
-        if len(self.rows) > context.n_ctx or len(batch) > context.n_ubatch:
+        if len(self.rows) > context.n_ctx or len(batch) > context.n_batch:
             return 1
         self.logits = (ctypes.c_float * VOCAB)(*logits_after(self.rows[-1]))
         return 0
@@ -245,7 +245,7 @@ class LlamaLibrary(ModuleType):
         return VOCAB
 
 
-def test_llama_cpp_reads_the_prompt_in_one_batch_and_starts_every_run_anew(monkeypatch):
+def test_llama_cpp_reads_the_prompt_in_one_call_and_starts_every_run_anew(monkeypatch):
     library = LlamaLibrary()
     monkeypatch.setitem(sys.modules, "llama_cpp", library)
     runner = llama_cpp.Runner("model", threads=2, whole=False)
@@ -256,9 +256,9 @@ def test_llama_cpp_reads_the_prompt_in_one_batch_and_starts_every_run_anew(monke
         assert library.rows == [5, 1, 2, 3, 4, 5]  # the last token is never fed
     assert library.calls == [3, 1, 1, 1] * 2
     (context,) = library.contexts
-    assert (context.n_ctx, context.n_batch, context.n_ubatch, context.n_threads) == (7, 3, 3, 2)
+    assert (context.n_ctx, context.n_batch, context.n_threads_batch, context.n_threads) == (7, 3, 2, 2)
     runner.run(PROMPT[:2], 1)
-    assert [context.n_ubatch for context in library.contexts] == [3, 2]
+    assert [context.n_batch for context in library.contexts] == [3, 2]
 
 
 def test_llama_cpp_attends_in_float32_where_that_is_asked_for(monkeypatch):

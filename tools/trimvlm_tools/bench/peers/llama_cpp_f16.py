@@ -17,6 +17,7 @@ REQUIREMENTS = llama_cpp.REQUIREMENTS
 BUILD_ENVIRONMENT = llama_cpp.BUILD_ENVIRONMENT
 SETTINGS: dict[str, Any] = {
     "build": llama_cpp.SETTINGS["build"],
+    "n_batch": llama_cpp.SETTINGS["n_batch"],
     "n_ubatch": llama_cpp.SETTINGS["n_ubatch"],
     "fp32": "weights F32; KV cache F16, flash attention on (defaults)",
 }
