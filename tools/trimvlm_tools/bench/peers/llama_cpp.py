@@ -3,8 +3,8 @@
 The C interface is called directly: prefill and decode are timed apart, without a sampler. The prompt is one
 call, which llama.cpp cuts into its default of 512 rows at a time: faster than all rows at once, whose
 attention spans also what is still to come. Its flash attention on a CPU computes with keys and values in
-float16, its default for the KV cache: that is how int4 runs. In fp32 both are off, so that the same is computed
-as by others; `llama.cpp-f16` is fp32 with both on.
+float16, its default for the KV cache: that is how int4 runs. In fp32 both are off, to compute what
+others do; `llama.cpp-f16` is fp32 with both on.
 """
 
 from __future__ import annotations
