@@ -54,7 +54,7 @@ def geometry_bars(
         bars += _dense(each, precision)
     for visual, bar in ROOFLINE.items():
         found = [each for each in points if each.point.visual == visual]
-        bars += [_roofline(each, bar) for point in found for each in _pruned(point)] or [
+        bars += [_roofline(point, each, bar) for point in found for each in _pruned(point)] or [
             at_most(f"pruned prefill over roofline at {visual} visual tokens", None, bar)
         ]
     bars += [_first_token(name_, answers) for name_ in QUARTER]
@@ -93,8 +93,8 @@ def _dense(figures: PointFigures, precision: str) -> list[Bar]:
     ]
 
 
-def _roofline(figures: DecoderFigures, bar: float) -> Bar:
-    return at_most(f"{figures.name}: time ratio / roofline ratio", figures.over_roofline, bar)
+def _roofline(figures: PointFigures, each: DecoderFigures, bar: float) -> Bar:
+    return at_most(f"{each.name}, {figures.point.name}: time ratio / roofline ratio", each.over_roofline, bar)
 
 
 def _first_token(name: str, answers: Answers | None) -> Bar:

@@ -37,6 +37,8 @@ class Clocked:
         if isinstance(sessions, dict):
             self.inside = True
             sessions.update({role: _Session(held, role, self.runs) for role, held in sessions.items()})
+            for role, held in getattr(self.backend, "in_place", {}).items():
+                held.session = sessions[role]
         return self
 
     def __exit__(

@@ -85,23 +85,30 @@ def serve(spec: dict[str, Any], commands: Any, replies: Any) -> None:
 
 
 def open_decoder(bundle: Any, spec: Mapping[str, Any]) -> Any:
-    """The backend of a profile's decoder alone, for `ort-cpu` or what was built for another target."""
-    from trimvlm.backends import load_backend
+    """What a Session would open for a profile and a target of ONNX Runtime, but for the decoder alone."""
     from trimvlm.backends.blocks import part_of
+    from trimvlm.backends.run_onnxruntime import OnnxRuntimeBackend
+    from trimvlm.opening import open_backends
 
-    entry = bundle.manifest.profiles[spec["profile"]]
-    engine = entry.engines.get(spec["target"])
-    graphs = engine.graphs if engine else {"decoder": entry.decoders["fused"]}
-    files = {role: bundle.path(file) for role, file in graphs.items() if part_of(role) == "decoder"}
-    return load_backend(engine.backend if engine else "onnxruntime", files, {"threads": spec["threads"]})
+    (backend,) = open_backends(bundle, spec["profile"], spec["target"], {"threads": spec["threads"]}).values()
+    assert isinstance(backend, OnnxRuntimeBackend), "blocks of layers are not measured here"
+    backend.files = {role: file for role, file in backend.files.items() if part_of(role) == "decoder"}
+    return backend
 
 
 def kv_bytes(outputs: Mapping[str, Any]) -> int:
-    """Bytes of the keys and values that a run leaves for the next one, as ONNX Runtime holds them."""
+    """Bytes of the keys and values that a run leaves for the next one, as they are held."""
     from trimvlm.backends.run_onnxruntime import DTYPES
 
-    caches = [held for name, held in outputs.items() if name.startswith(("present_key", "present_value"))]
-    return sum(math.prod(held.shape()) * DTYPES[held.data_type()].itemsize for held in caches)
+    total = 0
+    for name, held in outputs.items():
+        if name.startswith(("present_key", "present_value")):
+            grown = getattr(held, "caches", None)  # in place, in a buffer of its own
+            if grown is not None:
+                total += grown.buffers[name.partition("_")[2]].nbytes
+            else:
+                total += math.prod(held.shape()) * DTYPES[held.data_type()].itemsize
+    return total
 
 
 def main() -> None:

@@ -68,11 +68,17 @@ class Split(Value, frozen=True, kw_only=True):
 
 
 class Reached(Value, frozen=True, kw_only=True):
-    """Work and speed of one kind of run: `seconds` is the median."""
+    """Work and speed of one kind of run.
+
+    Attributes:
+        seconds: median.
+        roofline_seconds: the least that the measured peaks allow; None where there are no peaks.
+    """
 
     flops: int
     bytes: float
     seconds: float
+    roofline_seconds: float | None
 
     @property
     def flops_per_second(self) -> float:
@@ -162,13 +168,13 @@ def own_figures(
     Args:
         value_bytes: of one value of a weight matrix.
     """
-    plain = _figures(result, name, schedule, point, value_bytes)
+    plain = _figures(result, name, schedule, point, value_bytes=value_bytes, peaks=peaks)
     flops = prefill_flops(schedule, point.text)
     flops_ratio = flops.total / prefill_flops(dense, point.text).total
     roofline_ratio = None
     if peaks:
-        mine, its = (prefill_work(each, point.text, value_bytes).seconds(peaks) for each in (schedule, dense))
-        roofline_ratio = mine / its
+        its = prefill_work(dense, point.text, value_bytes).seconds(peaks)
+        roofline_ratio = plain["prefill_reached"].roofline_seconds / its
     ratio = plain["prefill_ratio"].median
     figures = result.figures(name)
     kv, memory = int(figures["kv_bytes"][-1]), plain["memory"]
@@ -201,10 +207,11 @@ def peer_figures(
     point: Point,
     *,
     value_bytes: float,
-    agreement: Agreement | None,
+    peaks: Peaks | None,
+    agreement: Agreement,
 ) -> DecoderFigures:
     """Figures of a peer, which does the dense decoder's work."""
-    plain = _figures(result, name, dense, point, value_bytes)
+    plain = _figures(result, name, dense, point, value_bytes=value_bytes, peaks=peaks)
     return DecoderFigures(name=name, kind="peer", **plain, agreement=agreement)
 
 
@@ -222,7 +229,15 @@ def agreement(ours: Path, theirs: Path) -> Agreement:
     return Agreement(tokens=same, of=len(tokens), logits=logits)
 
 
-def _figures(result: Grouped, name: str, schedule: Schedule, point: Point, value_bytes: float) -> dict:
+def _figures(
+    result: Grouped,
+    name: str,
+    schedule: Schedule,
+    point: Point,
+    *,
+    value_bytes: float,
+    peaks: Peaks | None,
+) -> dict:
     """What every contender has."""
     steps = point.new_tokens - 1
     prefill = result.spread(name, "prefill")
@@ -241,8 +256,8 @@ def _figures(result: Grouped, name: str, schedule: Schedule, point: Point, value
         "cores": float(np.median(np.divide(figures["cpu_seconds"], figures["seconds"]))),
         "open_seconds": result.open_seconds(name),
         "memory": result.memory(name),
-        "prefill_reached": _reached(first, prefill.median),
-        "decode_reached": _reached(rest, decode.median) if decode else None,
+        "prefill_reached": _reached(first, prefill.median, peaks),
+        "decode_reached": _reached(rest, decode.median, peaks) if decode else None,
     }
 
 
@@ -250,5 +265,10 @@ def _split(figures: Mapping[str, Sequence[float]]) -> Split:
     return Split(**{name: Spread.of(figures[name]) for name in Split.__struct_fields__ if name in figures})
 
 
-def _reached(work: Work, seconds: float) -> Reached:
-    return Reached(flops=sum(work.flops), bytes=sum(work.bytes), seconds=seconds)
+def _reached(work: Work, seconds: float, peaks: Peaks | None) -> Reached:
+    return Reached(
+        flops=sum(work.flops),
+        bytes=sum(work.bytes),
+        seconds=seconds,
+        roofline_seconds=work.seconds(peaks) if peaks else None,
+    )

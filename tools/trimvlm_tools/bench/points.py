@@ -84,8 +84,9 @@ def measure_point(
     )
     failed |= result.failed
     peaks = read_peaks(result)
-    figures: list[DecoderFigures] = [
-        own_figures(result, name, each, schedules[DENSE], point, value_bytes=value_bytes, peaks=peaks)
+    terms = {"value_bytes": value_bytes, "peaks": peaks}
+    figures = [
+        own_figures(result, name, each, schedules[DENSE], point, **terms)
         for name, each in schedules.items()
         if name not in failed
     ]
@@ -96,9 +97,7 @@ def measure_point(
         if setting.precision == "fp32" and not found.same:
             failed[each.name] = _differs(found.tokens, found.logits)
             continue
-        figures.append(
-            peer_figures(result, each.name, schedules[DENSE], point, value_bytes=value_bytes, agreement=found)
-        )
+        figures.append(peer_figures(result, each.name, schedules[DENSE], point, **terms, agreement=found))
     return PointFigures(point=point, peaks=peaks, contenders=tuple(figures), failed=failed)
 
 

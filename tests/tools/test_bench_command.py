@@ -1,0 +1,127 @@
+"""The whole command on the tiny geometry, and on the bundle that it leaves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trimvlm_tools.bench.geometry import find_geometry
+from trimvlm_tools.bench.harness import Contender
+from trimvlm_tools.bench.plots import draw
+from trimvlm_tools.bench.report import Report, as_data
+from trimvlm_tools.bench.run_geometry import bench_geometry
+from trimvlm_tools.bench.tables import as_text
+from trimvlm_tools.cli import main
+
+# Says what our dense decoder said, in a fixed time.
+PEER = """
+import json, shutil, sys
+def say(**reply): print(json.dumps(reply), flush=True)
+say(ready=1, open_seconds=0.5)
+for line in sys.stdin:
+    command, _, file = line.strip().partition(" ")
+    if command == "save":
+        shutil.copy(file.replace("copycat", "dense"), file)
+        say(saved=file)
+    else:
+        say(seconds=0.2, cpu_seconds=0.2, prefill=0.1, decode=0.1, first_token=0.4 if sys.argv[1:] else 0.3)
+"""
+
+
+class Copycat:
+    """A peer's declarations."""
+
+    REQUIREMENTS, SETTINGS, ANSWERS, PRUNES = ("copycat==1",), {"speed": 1}, True, True
+
+
+def copycat(*_, label, **__) -> Contender:
+    return Contender(name=label, command=(sys.executable, "-c", PEER))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Iterator[tuple[Report, Path]]:
+    """A report with one of our pruned decoders at 32 visual rows (images give 16), and where it was made."""
+    cache = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trimvlm_tools.bench.peaks._SIDE", 256)
+        patch.setattr("trimvlm_tools.bench.peaks._BYTES", 1 << 24)
+        for module in ("points", "answers"):
+            patch.setattr(f"trimvlm_tools.bench.{module}.peer_contender", copycat)
+        for module in ("run_geometry", "answers"):
+            patch.setattr(f"trimvlm_tools.bench.{module}.find_peer", lambda name: Copycat)
+        report = bench_geometry(
+            find_geometry("tiny"),
+            against=["copycat"],
+            methods=["hidivdrop"],
+            visual=[32],
+            text=[],
+            new_tokens=4,
+            precision="fp32",
+            threads=1,
+            runs=1,
+            cache=cache,
+        )
+    yield report, cache
+
+
+def test_every_contender_is_measured_and_peers_agree(run):
+    report, _ = run
+    assert report.failures == {}
+    assert report.answers and [each.peer for each in report.answers.peers] == ["copycat"]
+    (point,) = report.points
+    assert [each.name for each in point.contenders] == ["dense", "hidivdrop", "copycat"]
+    dense, pruned, peer = point.contenders
+    assert dense.prefill_ratio.median == 1.0 and dense.over_roofline == 1.0
+    assert pruned.flops_ratio is not None and pruned.flops_ratio < 0.6
+    for each in (dense, pruned):
+        assert each.bytes and each.bytes.kv == each.bytes.kv_predicted > 0
+        assert each.split and each.split.decode_graph and each.split.first_graph.median < each.prefill.median
+        parts = (
+            each.split.first_graph,
+            each.split.first_host,
+            each.split.decode_graph,
+            each.split.decode_host,
+        )
+        assert sum(part.median for part in parts) == pytest.approx(each.seconds.median, rel=0.01)
+    assert peer.agreement and peer.agreement.tokens == peer.agreement.of == 4
+    assert peer.agreement.logits == 0.0 and peer.prefill.median == 0.1
+    assert point.peaks and point.peaks.flops > 1e9 and point.peaks.read > 1e8
+
+
+def test_the_report_is_whole_as_text_as_json_and_as_plots(run, tmp_path):
+    report, _ = run
+    data = json.loads(json.dumps(as_data(report)))
+    assert data["machine"]["versions"]["onnxruntime"] and data["threads"] == 1
+    assert data["points"][0]["contenders"][0]["prefill_reached"]["flops_per_second"] > 0
+    verdicts = {bar["what"]: bar["verdict"] for bar in data["bars"]}
+    assert verdicts["pruned prefill over roofline at 576 visual tokens"] == "not measured"
+    assert verdicts["KV / the Schedule's prediction, worst"] == "pass"
+    text = as_text(report)
+    for words in ("32 visual and 12 text rows", "copycat", "4/4", "weights resident / one copy"):
+        assert words in text
+    written = draw(report, tmp_path / "plots")
+    assert [path.name for path in written] == ["tiny-fp32-roofline-32+12.png", "tiny-fp32-first-token.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_a_bundle_is_measured_step_by_step(run, tmp_path, capsys):
+    _, cache = run
+    arguments = ["--profiles", "dense", "--runs", "1", "--threads", "1", "--tokens", "3"]
+    out = tmp_path / "report.json"
+    bundle = str(cache / "bundles" / "tiny")
+    assert main(["bench", bundle, *arguments, "--prompt", "w20 w30", "--json", "--out", str(out)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(out.read_text())
+    (steps,) = report["steps"]
+    assert steps["first_graph"]["median"] + steps["first_host"]["median"] == pytest.approx(
+        steps["first_token"]["median"]
+    )
+    assert steps["vision"]["median"] > 0 and steps["prefill"]["median"] > 0 and steps["select"] is None
+    if steps["decode_tokens"]:
+        assert steps["decode_graph"]["median"] > 0 and steps["decode_host"]["median"] > 0
+    main(["bench", bundle, *arguments])
+    assert "dense" in capsys.readouterr().out
