@@ -1,8 +1,8 @@
 """Memory on ONNX Runtime's CPU provider, as a Session opens it. docs/fit.md compares it with measurements.
 
-Weights that matrices are multiplied with are copied once into the layout of the kernels, and the mapped
-original is let go; tables stay mapped. Scratch memory comes from an arena per session, which keeps what it
-once had; the vision session gives it back after each image.
+The decoder's weights that matrices are multiplied with are copied once into the layout of the kernels, and
+the mapped original is let go; tables, and what comes before the decoder, stay mapped. Scratch memory comes
+from an arena per session, which keeps what it once had; the vision session gives it back after each image.
 """
 
 from __future__ import annotations
@@ -44,15 +44,16 @@ def memory(bundle: Bundle, subject: Subject, request: Request, value_bytes: int)
     )
     runtime = LIBRARIES + TOKENIZER * bundle.manifest.files[bundle.manifest.text.tokenizer].bytes
     every = [(name, weight) for graph in subject.graphs.values() for name, weight in graph.weights.items()]
-    copies = {name: weight.bytes for name, weight in every if not weight.looked_up}
     weights = sum(weight.bytes for _, weight in every if not weight.looked_up)
+    decoder = subject.graphs["decoder"].weights
+    copies = {name: weight.bytes for name, weight in decoder.items() if not weight.looked_up}
     copied, most = max(copies.items(), key=lambda copy: copy[1], default=("none", 0))
     rows = request.text + request.new_tokens
     tables = sum(min(weight.bytes, LOOK_UP * rows) for _, weight in every if weight.looked_up)
     before = sum(size for role, size in scratch.items() if not decodes(role))
     pieces = (
         Piece(name="runtime and libraries", bytes=runtime + ANSWERING, basis="measured"),
-        Piece(name="weights", bytes=weights, basis="counted", note="private copies"),
+        Piece(name="weights", bytes=weights, basis="counted", note="the decoder's are private copies"),
         Piece(name="tables", bytes=tables, basis="counted", note="mapped: rows that are looked up"),
         Piece(name="KV cache", bytes=sum(layers), basis="counted"),
         Piece(name="room in the KV cache", bytes=room, basis="counted", note=f"{ROOM} rows of each layer"),
@@ -66,7 +67,7 @@ def memory(bundle: Bundle, subject: Subject, request: Request, value_bytes: int)
     )
     return Memory(
         pieces=pieces,
-        opening=runtime + weights + most,
+        opening=runtime + sum(copies.values()) + most,
         taking_turns=None,
         at_once=(Piece(name=f"weight {copied}", bytes=most, basis="counted"),),
     )
