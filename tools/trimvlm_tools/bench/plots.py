@@ -141,7 +141,7 @@ def first_token(report: Report) -> Any:
     labels += [
         each.peer if each.keep is None else f"{each.peer}, {each.keep} tokens" for each in answers.peers
     ]
-    figure = Figure(figsize=(9, 1.6 + 0.34 * len(labels)), layout="constrained")
+    figure = Figure(figsize=(9, 1.9 + 0.34 * len(labels)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(answers.ours)
     for step, colour in _STEPS.items():
@@ -160,7 +160,7 @@ def first_token(report: Report) -> Any:
         axes.text(total, place, f" {total:.3g} s", va="center")
     axes.set(yticks=range(len(labels)), yticklabels=labels, xlabel="seconds", xlim=(0, 1.12 * max(totals)))
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     axes.set_title(_title(report, f"time to first token, {answers.visual} visual tokens"), fontsize=10)
     return figure
 
