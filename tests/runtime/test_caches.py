@@ -126,7 +126,7 @@ def test_new_rows_are_written_where_the_old_ones_lie(bundle: Bundle) -> None:
         assert buffer.shape[2] == rows.length + ROOM
         before = buffer.copy()
         kept = decoder(step_inputs(11, rows.length + 1, kept))
-        assert caches.buffers["key.0"] is buffer and caches.rows[0] == rows.length + 2
+        assert caches.buffers["key.0"] is buffer and caches.rows[0].tolist() == [rows.length + 2]
         written = np.flatnonzero((buffer != before).any(axis=(0, 1, 3)))
         assert written.tolist() == [rows.length + 1]
 
