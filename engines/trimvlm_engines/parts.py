@@ -57,18 +57,24 @@ class Part(Value, frozen=True, kw_only=True):
 
 def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role, Part]:
     """What has to be built for one profile. Profiles that share a graph share its plan."""
-    decoder = on_cpu(entry) if target.provider == CPU else target.decoder
-    return parts_of(bundle, name, entry, target, decoder)
+    return parts_of(bundle, name, entry, target, lowering(entry, target))
+
+
+def lowering(entry: Entry, target: Target) -> DecoderGraph:
+    """The decoder that a target runs: on a CPU and in one piece, with caches that grow in place."""
+    limits = target.limits
+    whole = limits.layers_per_engine is None and limits.lm_head_columns is None
+    return on_cpu(entry) if target.provider == CPU and target.decoder == "fused" and whole else target.decoder
 
 
 def parts_of(
-    bundle: Bundle, name: str, entry: Entry, target: Target, lowering: DecoderGraph
+    bundle: Bundle, name: str, entry: Entry, target: Target, graph: DecoderGraph
 ) -> dict[Role, Part]:
     """The same with the decoder in a certain lowering."""
     manifest = bundle.manifest
     profile = bundle.profile(name)
     schedule = Schedule.resolve(profile, entry.model)
-    decoder = entry.decoders.get(lowering)
+    decoder = entry.decoders.get(graph)
     if decoder is None:
         raise _no_decoder(bundle, entry, name, target)
     weights = {file: manifest.files[file].sha256 for file in manifest.weights}

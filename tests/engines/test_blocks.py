@@ -107,7 +107,9 @@ def test_every_kind_of_schedule(source: Source, case: str | int) -> None:
     spec = model_spec(source.out.parent / "checkpoint")
     decisions = OTHERS[case] if isinstance(case, str) else random_decisions(Random(case), spec)
     schedule = resolve(decisions, spec)
-    for name in export_decoder(source, f"case-{case}", schedule).values():
+    files = export_decoder(source, f"case-{case}", schedule)
+    files.pop("in_place", None)  # runs in one piece
+    for name in files.values():
         graph = source.out / name
         pairs = split(graph, schedule, layers_per_engine=2)
         assert_same_answers(graph, pairs, schedule, images=2)

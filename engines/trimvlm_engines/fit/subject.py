@@ -10,16 +10,14 @@ from typing import NamedTuple
 import onnx
 
 from trimvlm.backends.caches import LAYERS
-from trimvlm.backends.providers import CPU
 from trimvlm.bundle import Bundle
-from trimvlm.opening import on_cpu
 from trimvlm.schedule import Schedule
 from trimvlm.target import Target
 from trimvlm_engines.fit import sizes
 from trimvlm_engines.fit.graph import Graph
 from trimvlm_engines.fit.outcomes import Shape
 from trimvlm_engines.fit.sizes import Request
-from trimvlm_engines.parts import Part, parts_of
+from trimvlm_engines.parts import Part, lowering, parts_of
 
 
 class Subject(NamedTuple):
@@ -51,7 +49,7 @@ class Subject(NamedTuple):
             role: _read(bundle.path(part.graph), part.made, float_bytes) for role, part in parts.items()
         }
         schedule = Schedule.resolve(bundle.profile(name), entry.model)
-        grows = target.provider == CPU and on_cpu(entry) == "in_place"
+        grows = lowering(entry, target) == "in_place"
         in_place = _in_place(bundle.path(entry.decoders["in_place"])) if grows else frozenset()
         return cls(graphs, parts, schedule, in_place)
 
