@@ -57,10 +57,8 @@ class Caches:
             before = self.buffers[name]
             if self.runs and before.shape[2] >= wanted:
                 continue
-            rows, filled = (
-                max(wanted, before.shape[2] + ROOM) if self.runs else wanted,
-                int(self.rows[layer][0]),
-            )
+            filled = int(self.rows[layer][0])
+            rows = max(wanted, before.shape[2] + ROOM) if self.runs else wanted
             self.buffers[name] = buffer = self._lay_out(name, before, rows)
             for head in reversed(range(before.shape[1])):  # the last moves farthest, in the same memory
                 buffer[0, head, :filled] = before[0, head, :filled]
