@@ -15,6 +15,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HOME := $(CURDIR)/build/cache/huggingface
 export MPLCONFIGDIR := $(CURDIR)/build/cache/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export ORT_DISABLE_TELEMETRY := 1
 
 .PHONY: demo test lint format
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -80,6 +81,15 @@ def test_no_module_of_the_runtime_loads_the_workstation_or_a_device_library() ->
     code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
     code += f"print([name for name in {WORKSTATION + DEVICE_LIBRARIES} if name in sys.modules])"
     assert python(code) == "[]"
+
+
+def test_onnx_runtime_sends_nothing(tmp_path: Path) -> None:
+    """Its telemetry begins with an identifier and a database in the user's cache."""
+    pytest.importorskip("onnxruntime")
+    home = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    for code in ("import trimvlm, onnxruntime", "import trimvlm_tools.cli, onnxruntime"):
+        subprocess.run([sys.executable, "-c", code], check=True, env=home, cwd=tmp_path)
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_every_third_party_import_is_declared() -> None:
