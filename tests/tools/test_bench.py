@@ -13,7 +13,7 @@ from trimvlm_tools.bench.groups import Grouped, grouped, race_in_groups
 from trimvlm_tools.bench.harness import Contender, Race, Spread, race
 from trimvlm_tools.bench.machine import fingerprint
 from trimvlm_tools.bench.peaks import NAME, Peaks, read_peaks
-from trimvlm_tools.bench.process_memory import parse_kernel_fields
+from trimvlm_tools.bench.process_memory import library_pages, parse_kernel_fields
 from trimvlm_tools.bench.report import Report
 from trimvlm_tools.bench.session_memory import phases
 from trimvlm_tools.bench.tables import as_text
@@ -169,6 +169,27 @@ def test_kernel_fields_are_read_in_bytes():
     assert set(fields) == {"Rss", "Pss", "Shared_Clean", "Anonymous", "Swap"}
     status = parse_kernel_fields("Name:\tpython\nVmHWM:\t   12345 kB\nRssAnon:\t     10 kB\nThreads:\t1\n")
     assert status == {"VmHWM": 12345 * 1024, "RssAnon": 10 * 1024}
+
+
+MAPPED = """7f00-7f10 r--p 00000000 fe:00 12    /usr/lib/libc.so.6
+Rss:                 100 kB
+Anonymous:            10 kB
+THPeligible:    0
+7f10-7f20 r--p 00000000 fe:00 13    /models/model.safetensors
+Rss:                 500 kB
+Anonymous:             0 kB
+7f20-7f30 rw-p 00000000 00:00 0
+Rss:                  70 kB
+Anonymous:            70 kB
+7f30-7f40 r--p 00000000 fe:00 14    /venv/site packages/_core.cpython-311-x86_64-linux-gnu.so
+Rss:                   5 kB
+Anonymous:             0 kB
+"""
+
+
+def test_pages_of_shared_libraries_are_told_apart():
+    assert library_pages(MAPPED) == 95 * 1024
+    assert library_pages("") == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")

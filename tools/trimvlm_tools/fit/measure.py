@@ -1,9 +1,9 @@
 """Predictions beside what was measured: `python -m trimvlm_tools.fit.measure BUNDLE`.
 
 On ONNX Runtime's CPU provider: the most memory that a process has resident at once (VmHWM of Linux: private
-pages and pages of mapped files that it touched, libraries included), after two answers in a row. For targets
-with plans: the sizes of the plans that `trimvlm build` left in the bundle. Exits with 1 where a prediction is
-off by more than 10 %.
+pages and pages of mapped files that it touched), after two answers in a row. Pages of shared libraries are
+left out on both sides: how many there are is the kernel's choice. For targets with plans: the sizes of the
+plans that `trimvlm build` left in the bundle. Exits with 1 where a prediction is off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from trimvlm.errors import UserError
 from trimvlm.text import load_tokenizer, make_prompter
 from trimvlm.value import Value
 from trimvlm_engines import targets
+from trimvlm_engines.fit.on_cpu import LIBRARIES
 from trimvlm_engines.fit.prediction import CPU, predict
 from trimvlm_engines.fit.sizes import Request
 from trimvlm_tools import console
@@ -64,8 +65,8 @@ class Comparison(Value, frozen=True, kw_only=True):
 
 
 def memory(bundle: Bundle, profile: str, request: Request, target: str = "ort-cpu") -> Comparison:
-    """Peak memory of a process that answers; the prompt has as many text rows as can be made, at most
-    `request.text`.
+    """Peak memory of a process that answers, without shared libraries; the prompt has as many text rows as can
+    be made, at most `request.text`.
 
     Raises:
         UserError: see `phases`, the model ends its answer early, or no engine was built for the target.
@@ -78,8 +79,8 @@ def memory(bundle: Bundle, profile: str, request: Request, target: str = "ort-cp
     return Comparison(
         profile=profile,
         what=f"memory, {rows} text rows, {request.new_tokens} new tokens",
-        predicted=found.memory.peak,
-        measured=used.memory.peak,
+        predicted=found.memory.peak - LIBRARIES,
+        measured=used.memory.peak - used.memory.libraries,
     )
 
 
