@@ -65,8 +65,8 @@ class Comparison(Value, frozen=True, kw_only=True):
 
 
 def memory(bundle: Bundle, profile: str, request: Request, target: str = "ort-cpu") -> Comparison:
-    """Peak memory of a process that answers, without shared libraries; the prompt has as many text rows as can
-    be made, at most `request.text`.
+    """Peak memory of a process that answers, without shared libraries; the prompt has as many text rows as
+    can be made, at most `request.text`.
 
     Raises:
         UserError: see `phases`, the model ends its answer early, or no engine was built for the target.
