@@ -14,6 +14,7 @@ from trimvlm.bundle import DecoderGraph
 from trimvlm.schedule import Schedule
 from trimvlm_export.decoder import Decoder
 from trimvlm_export.passes.in_place import to_in_place
+from trimvlm_export.passes.residual import add_in_products
 from trimvlm_export.passes.primitive import to_primitive
 from trimvlm_export.repeated_layers import trace_decoder
 from trimvlm_export.source import Source
@@ -43,6 +44,7 @@ def export_decoder(
     if not filled:
         changed = model.clone()
         if layers := to_in_place(changed):
+            add_in_products(changed)
             files["in_place"] = f"{name}.decoder.in_place.onnx"
             rows = {layer: schedule.rows[layer].cached for layer in layers}
             told = json.dumps({"image": schedule.visual_tokens, "layers": rows})

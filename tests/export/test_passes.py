@@ -7,9 +7,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from trimvlm_export.passes.primitive import OPSET, to_primitive
+from trimvlm_export.passes.residual import add_in_products
 
 FLOAT, BOOL, HALF = TensorProto.FLOAT, TensorProto.BOOL, TensorProto.FLOAT16
 
@@ -93,3 +94,38 @@ def test_sums_of_floats_stay() -> None:
     node = helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=0)
     model = model_of(node, {"x": (FLOAT, ["r", "c"]), "axes": (TensorProto.INT64, [1])}, ["r"])
     assert [node.op_type for node in to_primitive(model).graph] == ["ReduceSum", "Identity"]
+
+
+def residual_model(*, bias: bool = False, twice: bool = False, width: int = 5) -> ir.Model:
+    rng = np.random.default_rng(4)
+    arrays = {"w": rng.normal(size=(5, 3)), "b": rng.normal(size=5)}
+    weights = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in arrays.items()]
+    gemm = helper.make_node("Gemm", ["x", "w", "b"][: 3 if bias else 2], ["product"], transB=1)
+    nodes = [gemm, helper.make_node("Add", ["r", "product"], ["y"])]
+    nodes += [helper.make_node("Add", ["y", "product"], ["z"])] if twice else []
+    inputs = [
+        helper.make_tensor_value_info("x", FLOAT, ["rows", 3]),
+        helper.make_tensor_value_info("r", FLOAT, ["rows", width]),
+    ]
+    outputs = [helper.make_tensor_value_info("z" if twice else "y", FLOAT, ["rows", 5])]
+    graph = helper.make_graph(nodes, "residual", inputs, outputs, weights)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(made))
+
+
+def test_a_product_adds_the_residual() -> None:
+    rng, model = np.random.default_rng(5), residual_model()
+    feeds = {"x": rng.normal(size=(4, 3)).astype(np.float32), "r": rng.normal(size=(4, 5)).astype(np.float32)}
+    before = run(model, feeds)
+    assert add_in_products(model) == 1
+    (gemm,) = model.graph
+    assert [value.name for value in gemm.inputs if value] == ["x", "w", "r"]
+    np.testing.assert_allclose(run(model, feeds), before, atol=2e-6)
+
+
+@pytest.mark.parametrize("other", [{"bias": True}, {"twice": True}, {"width": 1}])
+def test_other_sums_stay(other: dict) -> None:
+    model = residual_model(**other)
+    before = [node.op_type for node in model.graph]
+    assert add_in_products(model) == 0
+    assert [node.op_type for node in model.graph] == before
