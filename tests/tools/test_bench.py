@@ -97,6 +97,7 @@ def test_contenders_of_different_groups_are_compared_by_their_ratios_to_the_anch
         always=[fake("a", log, 2.0)],
         needs=dict.fromkeys("abc", 1),
         runs=2,
+        processes=1,
         save={},
         advance=saved.append,
     )
@@ -111,8 +112,46 @@ def test_without_the_anchor_there_is_nothing_to_compare_with(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(UserError, match="a failed, nothing to compare with: exit code 1: out of a"):
         race_in_groups(
-            [fake("b", log, 1.0)], always=[fake("a", log, 1.0, dies_at=0)], needs={}, runs=1, save={}
+            [fake("b", log, 1.0)],
+            always=[fake("a", log, 1.0, dies_at=0)],
+            needs={},
+            runs=1,
+            processes=1,
+            save={},
         )
+
+
+def test_every_contender_starts_as_often_as_there_are_processes_and_their_runs_are_pooled(tmp_path):
+    log = tmp_path / "log"
+    result = race_in_groups(
+        [fake("b", log, 1.0), fake("c", log, 1.0, dies_at=3)],
+        always=[fake("a", log, 2.0)],
+        needs={},
+        runs=2,
+        processes=2,
+        save={},
+    )
+    # The second time c, which failed, is left out; each process begins with two rounds of warm-up.
+    assert log.read_text() == "abc" + "bca" + "cab" + "ab" + "ab" + "ba" + "ab" + "ba"
+    assert [(each.process, each.figures["seconds"]) for each in result.samples("b")] == [
+        (1, (3.0, 4.0)),
+        (2, (3.0, 4.0)),
+    ]
+    assert result.figures("a")["seconds"] == (6.0, 8.0, 6.0, 8.0)
+    assert result.spread("a") == Spread(median=7.0, min=6.0, max=8.0)
+    assert result.ratio("b") == Spread(median=0.5, min=0.5, max=0.5)
+    assert result.failed == {"c": "exit code 1: out of c"} and not result.ran("c")
+
+
+def test_no_contender_reports_home():
+    code = """
+import json, os
+print(json.dumps({"ready": 1}), flush=True)
+input()
+print(json.dumps({"seconds": float(os.environ["ORT_DISABLE_TELEMETRY"])}), flush=True)
+"""
+    result = race([Contender(name="a", command=(sys.executable, "-c", code))], runs=1, warmup=0)
+    assert result.figures["a"]["seconds"] == (1.0,)
 
 
 def test_the_greatest_of_several_probes_is_the_machines_peak():
@@ -225,7 +264,12 @@ def test_a_process_that_dies_while_its_memory_is_measured_is_an_error():
 @pytest.mark.parametrize(("others", "warns"), [(None, False), (0.02, False), (0.5, True)])
 def test_a_report_from_a_busy_machine_says_so(others, warns):
     report = Report(
-        machine=fingerprint(), threads=2, runs=3, others_busy=others, failed={"b": "exit code 1: no"}
+        machine=fingerprint(),
+        threads=2,
+        runs=3,
+        processes=2,
+        others_busy=others,
+        failed={"b": "exit code 1: no"},
     )
     text = as_text(report)
     assert ("NOT QUIET" in text) == warns
@@ -239,7 +283,9 @@ def test_a_report_from_a_busy_machine_says_so(others, warns):
         (["bundle", "--geometry", "tiny"], "either BUNDLE or --geometry"),
         (["bundle", "--against", "llama.cpp"], "--against: goes with --geometry only"),
         (["bundle", "--plot", "plots"], "--plot: goes with --geometry only"),
+        (["bundle", "--prepare"], "--prepare: goes with --geometry only"),
         (["--geometry", "tiny", "--runs", "0"], "--runs: 0 is not a positive number"),
+        (["--geometry", "tiny", "--processes", "0"], "--processes: 0 is not a positive number"),
         (["--geometry", "tiny", "--new-tokens", "0"], "--new-tokens: 0 is not a positive number"),
         (["--geometry", "tiny", "--visual", "64", "8"], "--visual: 8 rows are too few; give at least 16"),
         (["--geometry", "tiny", "--against", "nobody"], "--against: 'nobody' is not known"),

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from trimvlm_tools.bench.geometry import find_geometry
 from trimvlm_tools.bench.harness import Contender
+from trimvlm_tools.bench.peers.environment import PeerError
 from trimvlm_tools.bench.plots import draw
+from trimvlm_tools.bench.prepare import Made, Plan
 from trimvlm_tools.bench.report import Report, as_data
 from trimvlm_tools.bench.run_geometry import bench_geometry
 from trimvlm_tools.bench.tables import as_text
@@ -51,19 +54,15 @@ def run(tmp_path_factory) -> Iterator[tuple[Report, Path]]:
         patch.setattr("trimvlm_tools.bench.peaks._BYTES", 1 << 24)
         for module in ("points", "answers"):
             patch.setattr(f"trimvlm_tools.bench.{module}.peer_contender", copycat)
-        for module in ("run_geometry", "answers"):
+        for module in ("run_geometry", "prepare", "answers"):
             patch.setattr(f"trimvlm_tools.bench.{module}.find_peer", lambda name: Copycat)
         report = bench_geometry(
-            find_geometry("tiny"),
-            against=["copycat"],
-            methods=["hidivdrop"],
-            visual=[32],
-            text=[],
+            msgspec.structs.replace(find_geometry("tiny"), layers=4, vision_layers=2),
+            Plan(against=("copycat",), methods=("vtw",), visual=(32,), cache=cache),
             new_tokens=4,
-            precision="fp32",
             threads=1,
             runs=1,
-            cache=cache,
+            processes=2,
         )
     yield report, cache
 
@@ -73,10 +72,10 @@ def test_every_contender_is_measured_and_peers_agree(run):
     assert report.failures == {}
     assert report.answers and [each.peer for each in report.answers.peers] == ["copycat"]
     (point,) = report.points
-    assert [each.name for each in point.contenders] == ["dense", "hidivdrop", "copycat"]
+    assert [each.name for each in point.contenders] == ["dense", "vtw", "copycat"]
     dense, pruned, peer = point.contenders
     assert dense.prefill_ratio.median == 1.0 and dense.over_roofline == 1.0
-    assert pruned.flops_ratio is not None and pruned.flops_ratio < 0.6
+    assert pruned.flops_ratio is not None and pruned.flops_ratio < 0.7
     for each in (dense, pruned):
         assert each.bytes and each.bytes.kv == each.bytes.kv_predicted > 0
         assert each.split and each.split.decode_graph and each.split.first_graph.median < each.prefill.median
@@ -89,6 +88,11 @@ def test_every_contender_is_measured_and_peers_agree(run):
         assert sum(part.median for part in parts) == pytest.approx(each.seconds.median, rel=0.01)
     assert peer.agreement and peer.agreement.tokens == peer.agreement.of == 4
     assert peer.agreement.logits == 0.0 and peer.prefill.median == 0.1
+    for name, found in point.samples.items():
+        assert [each.process for each in found] == [1, 2]
+        assert name == "machine" or all(len(each.figures["prefill"]) == 1 for each in found)
+    assert set(point.samples) == {"dense", "vtw", "copycat", "machine"}
+    assert set(report.answers.samples) == {"dense", "copycat"}
     assert point.peaks and point.peaks.flops > 1e9 and point.peaks.read > 1e8
 
 
@@ -108,9 +112,30 @@ def test_the_report_is_whole_as_text_as_json_and_as_plots(run, tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
+def test_what_a_race_needs_can_be_made_without_running_it(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def prepare_peer(name, checkpoint, directory, precision):
+        asked.append((name, checkpoint, directory, precision))
+        if name == "openvino-genai":
+            raise PeerError("no room")
+
+    def make(geometry, plan):
+        return Made(checkpoint=tmp_path, model=geometry.model_spec(), bundle=tmp_path, decoders={}, whole={})
+
+    monkeypatch.setattr("trimvlm_tools.bench.prepare.prepare_peer", prepare_peer)
+    monkeypatch.setattr("trimvlm_tools.bench.prepare.make", make)
+    command = ["bench", "--geometry", "tiny", "--prepare", "--precision", "int4", "--against"]
+    assert main([*command, "llama.cpp", "openvino-genai"]) == 1
+    assert capsys.readouterr().out == "llama.cpp: ready\nopenvino-genai FAILED: no room\n"
+    assert main([*command, "llama.cpp", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"llama.cpp": None}
+    assert asked[0] == ("llama.cpp", tmp_path, Path("build/bench/peers"), "int4")
+
+
 def test_a_bundle_is_measured_step_by_step(run, tmp_path, capsys):
     _, cache = run
-    arguments = ["--profiles", "dense", "--runs", "1", "--threads", "1", "--tokens", "3"]
+    arguments = ["--profiles", "dense", "--runs", "1", "--processes", "1", "--threads", "1", "--tokens", "3"]
     out = tmp_path / "report.json"
     bundle = str(cache / "bundles" / "tiny")
     assert main(["bench", bundle, *arguments, "--prompt", "w20 w30", "--json", "--out", str(out)]) == 0
@@ -121,6 +146,7 @@ def test_a_bundle_is_measured_step_by_step(run, tmp_path, capsys):
         steps["first_token"]["median"]
     )
     assert steps["vision"]["median"] > 0 and steps["prefill"]["median"] > 0 and steps["select"] is None
+    assert [each["process"] for each in report["samples"]["dense"]] == [1]
     if steps["decode_tokens"]:
         assert steps["decode_graph"]["median"] > 0 and steps["decode_host"]["median"] > 0
     main(["bench", bundle, *arguments])

@@ -10,7 +10,7 @@ from trimvlm.schedule import Schedule
 from trimvlm.value import Value
 from trimvlm_tools.bench.bundles import TARGETS
 from trimvlm_tools.bench.decisions import DENSE
-from trimvlm_tools.bench.groups import race_in_groups
+from trimvlm_tools.bench.groups import Samples, race_in_groups
 from trimvlm_tools.bench.harness import Contender, Resident, Spread
 from trimvlm_tools.bench.peers import find_peer
 from trimvlm_tools.bench.peers.environment import Answering, PeerError, peer_contender
@@ -40,12 +40,14 @@ class Answers(Value, frozen=True, kw_only=True):
 
     Attributes:
         kept: visual tokens per layer of each of our profiles, on average: what peers' pruning is asked for.
+        samples: of each contender, what the figures are medians of.
         ratios: time to the first token over that of our dense profile, round by round.
     """
 
     visual: int
     text: int
     ours: tuple[Steps, ...]
+    samples: dict[str, tuple[Samples, ...]]
     ratios: dict[str, Spread]
     kept: dict[str, int]
     peers: tuple[PeerAnswer, ...]
@@ -94,6 +96,7 @@ def measure_answers(
         always=everybody[:1],
         needs={each.name: round(1.5 * weights + 2e9) for each in everybody},
         runs=setting.runs,
+        processes=setting.processes,
         save={},
         advance=advance,
     )
@@ -102,6 +105,9 @@ def measure_answers(
         visual=setting.model.visual_tokens,
         text=text,
         ours=tuple(steps_of(result, name) for name in ran),
+        samples={
+            each.name: result.samples(each.name) for each in everybody if each.name not in result.failed
+        },
         ratios={name: result.ratio(name, "first_token") for name in ran},
         kept=kept,
         peers=tuple(

@@ -30,7 +30,7 @@ def bench_bundle(
             entry is good for the decoder's workload and nothing else.
         precision: of `TARGETS`; engines of the profiles are built where the target is not the graph itself.
     """
-    stamp = directory.with_suffix(".made")
+    stamp = directory.with_name(f"{directory.name}.made")
     made = f"{_exporter_digest()}\n{(checkpoint / GEOMETRY_FILE).read_text()}"
     if not (stamp.is_file() and stamp.read_text() == made):
         shutil.rmtree(directory, ignore_errors=True)
@@ -108,12 +108,12 @@ def _build(directory: Path, names: list[str], target: str) -> None:
 
 
 def _exporter_digest() -> str:
-    """SHA-256 over the sources of exporter and engines: what they make is kept between runs."""
-    import trimvlm_engines
+    """SHA-256 over the sources of what is kept between runs: graphs, and quantised weights."""
+    import trimvlm_engines.quantizing
     import trimvlm_export
 
     digest = hashlib.sha256()
-    for root in (*trimvlm_export.__path__, *trimvlm_engines.__path__):
+    for root in (*trimvlm_export.__path__, *trimvlm_engines.quantizing.__path__):
         for path in sorted(Path(root).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from trimvlm.errors import UserError
 from trimvlm.value import Value
@@ -15,15 +16,22 @@ from trimvlm_tools.bench.harness import Contender, Race, Resident, Spread, race
 from trimvlm_tools.bench.machine import available_bytes
 
 
+class Samples(Value, frozen=True, kw_only=True):
+    """All counted runs of one process of a contender: by figure a value per round."""
+
+    process: int
+    figures: dict[str, tuple[float, ...]]
+
+
 class Grouped(Value, frozen=True, kw_only=True):
-    """The races of all groups."""
+    """The races of all groups, each as often as there were processes."""
 
     anchor: str
     races: tuple[Race, ...]
 
     @property
     def failed(self) -> dict[str, str]:
-        """Contenders that failed in some group, with their error."""
+        """Contenders that failed in some race, with their error."""
         return {name: error for each in self.races for name, error in each.failed.items()}
 
     @property
@@ -33,32 +41,43 @@ class Grouped(Value, frozen=True, kw_only=True):
 
     def ran(self, name: str) -> bool:
         """Whether there are figures of it."""
-        return any(name in each.figures for each in self.races)
+        return bool(self._of(name))
+
+    def samples(self, name: str) -> tuple[Samples, ...]:
+        """Of each process of one contender, in order."""
+        return tuple(
+            Samples(process=number, figures=each.figures[name])
+            for number, each in enumerate(self._of(name), 1)
+        )
 
     def figures(self, name: str) -> dict[str, tuple[float, ...]]:
-        """By figure its values in all rounds of all groups; empty: it did not run."""
+        """By figure its values in all rounds of all processes; empty: it did not run."""
         found: dict[str, tuple[float, ...]] = {}
-        for each in self.races:
-            for figure, values in each.figures.get(name, {}).items():
+        for each in self._of(name):
+            for figure, values in each.figures[name].items():
                 found[figure] = (*found.get(figure, ()), *values)
         return found
 
     def spread(self, name: str, figure: str = "seconds") -> Spread:
-        """Of one figure, over all groups that it ran in."""
+        """Of one figure, over all races that it ran in."""
         return Spread.of(self.figures(name)[figure])
 
     def ratio(self, name: str, figure: str = "seconds") -> Spread:
-        """A figure over the anchor's, round by round."""
-        within = next(each for each in self.races if name in each.figures)
-        return within.ratio(name, self.anchor, figure)
+        """A figure over the anchor's, round by round of all races."""
+        return Spread.of(
+            [ratio for each in self._of(name) for ratio in each.ratios(name, self.anchor, figure)]
+        )
 
     def open_seconds(self, name: str) -> float:
-        """Of its first process."""
-        return next(each.open_seconds[name] for each in self.races if name in each.open_seconds)
+        """Median over its processes."""
+        return median(each.open_seconds[name] for each in self._of(name))
 
     def memory(self, name: str) -> Resident | None:
         """Of its first process."""
         return next((each.memory[name] for each in self.races if name in each.memory), None)
+
+    def _of(self, name: str) -> list[Race]:
+        return [each for each in self.races if name in each.figures]
 
 
 def race_in_groups(
@@ -67,6 +86,7 @@ def race_in_groups(
     always: Sequence[Contender],
     needs: Mapping[str, int],
     runs: int,
+    processes: int,
     save: Mapping[str, Path],
     advance: Callable[[str], None] = lambda _: None,
 ) -> Grouped:
@@ -75,20 +95,26 @@ def race_in_groups(
     Args:
         always: in every group, the first is the anchor.
         needs: bytes of memory that a contender may take, by name.
+        runs: counted rounds of each process.
+        processes: how often each group is started anew. The same program differs from one process to the
+            next, by where its memory lies, and all rounds of one process share that luck.
         save: as for `race`.
 
     Raises:
         UserError: the anchor failed, nothing can be compared with it.
     """
     anchor = always[0].name
-    races = []
+    races: list[Race] = []
     for group in grouped(contenders, always, needs, available_bytes()):
-        found = race(
-            group, runs=runs, save={c.name: save[c.name] for c in group if c.name in save}, advance=advance
-        )
-        if anchor in found.failed:
-            raise UserError(f"{anchor} failed, nothing to compare with: {found.failed[anchor]}")
-        races.append(found)
+        failed: dict[str, str] = {}
+        for _ in range(processes):
+            again = [each for each in group if each.name not in failed]
+            wanted = {each.name: save[each.name] for each in again if each.name in save}
+            found = race(again, runs=runs, save=wanted, advance=advance)
+            failed |= found.failed
+            if anchor in failed:
+                raise UserError(f"{anchor} failed, nothing to compare with: {failed[anchor]}")
+            races.append(found)
     return Grouped(anchor=anchor, races=tuple(races))
 
 

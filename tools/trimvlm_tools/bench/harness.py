@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from typing import Any, cast
 from trimvlm.value import Value
 from trimvlm_tools.bench.process_memory import Memory, Watched
 
+# ONNX Runtime and what is built on it report home otherwise: nobody here does, ours or a peer.
+SILENT = {"ORT_DISABLE_TELEMETRY": "1"}
 _SETTLING = 0.05  # seconds: threads of the contender before may still wait busily
 
 
@@ -79,8 +82,12 @@ class Race(Value, frozen=True, kw_only=True):
 
     def ratio(self, name: str, to: str, figure: str = "seconds") -> Spread:
         """A figure of `name` over that of `to`, round by round."""
+        return Spread.of(self.ratios(name, to, figure))
+
+    def ratios(self, name: str, to: str, figure: str = "seconds") -> list[float]:
+        """What `ratio` is the spread of."""
         pairs = zip(self.figures[name][figure], self.figures[to][figure], strict=True)
-        return Spread.of([mine / other for mine, other in pairs])
+        return [mine / other for mine, other in pairs]
 
     def cores(self, name: str) -> float:
         """Processors that a contender kept busy while it ran, median over its rounds."""
@@ -103,7 +110,12 @@ class _Process:
     def __init__(self, contender: Contender) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         self.process = subprocess.Popen(
-            contender.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            contender.command,
+            env={**os.environ, **SILENT},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
         )
         self.watched = Watched(self.process.pid)
 

@@ -16,7 +16,7 @@ from trimvlm_tools.bench import peaks as machine_peaks
 from trimvlm_tools.bench.bundles import TARGETS
 from trimvlm_tools.bench.decisions import DENSE
 from trimvlm_tools.bench.decoding import DecoderFigures, agreement, own_figures, peer_figures
-from trimvlm_tools.bench.groups import race_in_groups
+from trimvlm_tools.bench.groups import Samples, race_in_groups
 from trimvlm_tools.bench.harness import Contender, own_contender
 from trimvlm_tools.bench.peaks import Peaks, peaks_contender, read_peaks
 from trimvlm_tools.bench.peers.environment import Decoding, PeerError, peer_contender
@@ -29,12 +29,14 @@ class PointFigures(Value, frozen=True, kw_only=True):
 
     Attributes:
         peaks: of the machine, measured in the same rounds; None: that failed.
+        samples: of each contender and of the machine, what the figures are medians of.
         failed: contenders that failed, with their error.
     """
 
     point: Point
     peaks: Peaks | None
     contenders: tuple[DecoderFigures, ...]
+    samples: dict[str, tuple[Samples, ...]]
     failed: dict[str, str]
 
     def of(self, kind: str) -> list[DecoderFigures]:
@@ -54,6 +56,7 @@ class Setting(Value, frozen=True, kw_only=True):
     precision: str
     threads: int
     runs: int
+    processes: int
     seed: int
 
 
@@ -80,7 +83,13 @@ def measure_point(
     value_bytes = weight_bytes(setting, profiles[DENSE])
     needs = _needs([*always, *ours[1:], *theirs], schedules[DENSE], point, value_bytes)
     result = race_in_groups(
-        [*ours[1:], *theirs], always=always, needs=needs, runs=setting.runs, save=save, advance=advance
+        [*ours[1:], *theirs],
+        always=always,
+        needs=needs,
+        runs=setting.runs,
+        processes=setting.processes,
+        save=save,
+        advance=advance,
     )
     failed |= result.failed
     peaks = read_peaks(result)
@@ -98,7 +107,14 @@ def measure_point(
             failed[each.name] = _differs(found.tokens, found.logits)
             continue
         figures.append(peer_figures(result, each.name, schedules[DENSE], point, **terms, agreement=found))
-    return PointFigures(point=point, peaks=peaks, contenders=tuple(figures), failed=failed)
+    measured = [*(each.name for each in figures), machine_peaks.NAME]
+    return PointFigures(
+        point=point,
+        peaks=peaks,
+        contenders=tuple(figures),
+        samples={name: result.samples(name) for name in measured},
+        failed=failed,
+    )
 
 
 def weight_bytes(setting: Setting, dense: Profile) -> float:

@@ -8,6 +8,7 @@ from trimvlm.profile import ModelSpec
 from trimvlm.value import Value
 from trimvlm_tools.bench.answers import Answers
 from trimvlm_tools.bench.bars import Bar
+from trimvlm_tools.bench.groups import Samples
 from trimvlm_tools.bench.machine import Machine
 from trimvlm_tools.bench.points import PointFigures
 from trimvlm_tools.bench.session_memory import SessionMemory
@@ -28,15 +29,19 @@ class Report(Value, frozen=True, kw_only=True):
     """One run of `trimvlm bench`.
 
     Attributes:
+        runs: counted rounds of each process.
+        processes: how often each contender was started.
         others_busy: processors that other processes kept busy meanwhile, on average; None: unknown.
         failed: profiles of a bundle that failed, with their error; points and answers have their own.
         precision: of the weights, with a geometry.
         steps: with a bundle: answers, by profile.
+        samples: with a bundle: of each profile, what `steps` are medians of.
     """
 
     machine: Machine
     threads: int
     runs: int
+    processes: int
     others_busy: float | None
     failed: dict[str, str]
     geometry: str | None = None
@@ -48,6 +53,7 @@ class Report(Value, frozen=True, kw_only=True):
     points: tuple[PointFigures, ...] = ()
     answers: Answers | None = None
     steps: tuple[Steps, ...] = ()
+    samples: dict[str, tuple[Samples, ...]] = {}
     memory: dict[str, SessionMemory] = {}
     size: Size | None = None
     bars: tuple[Bar, ...] = ()

@@ -26,6 +26,7 @@ def bench_bundle(
     memory: bool,
     threads: int,
     runs: int,
+    processes: int,
 ) -> Report:
     """Measures a bundle.
 
@@ -47,7 +48,7 @@ def bench_bundle(
     busy, started = Busy(), perf_counter()
     with (
         tempfile.TemporaryDirectory() as work,
-        console.progress("bench", total=len(names) + runs + 2) as advance,
+        console.progress("bench", total=processes * (len(names) + runs + 2)) as advance,
     ):
         steps, result = time_steps(
             bundle,
@@ -59,6 +60,7 @@ def bench_bundle(
             tokens=tokens,
             threads=threads,
             runs=runs,
+            processes=processes,
             advance=advance,
         )
     others = busy.others(result.cpu_seconds, perf_counter() - started)
@@ -72,6 +74,8 @@ def bench_bundle(
         machine=machine,
         threads=threads,
         runs=runs,
+        processes=processes,
+        samples={step.profile: result.samples(step.profile) for step in steps},
         others_busy=others,
         failed=result.failed,
         bundle=str(directory),

@@ -97,6 +97,7 @@ def time_steps(
     tokens: int,
     threads: int,
     runs: int,
+    processes: int,
     advance: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Steps], Grouped]:
     """Times profiles turn by turn, each in its own process.
@@ -130,6 +131,7 @@ def time_steps(
         always=contenders[:1],
         needs={each.name: 2 * weights for each in contenders},
         runs=runs,
+        processes=processes,
         save={},
         advance=advance,
     )

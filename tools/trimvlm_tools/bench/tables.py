@@ -19,6 +19,8 @@ def as_text(report: Report) -> str:
     parts = [_machine(report)]
     for each in report.points:
         parts += [_point(each), _resources(each)]
+    if report.peers:
+        parts.append(_terms(report))
     if report.answers:
         parts.append(_answers(report.answers))
     if report.steps:
@@ -45,8 +47,8 @@ def _machine(report: Report) -> str:
         f"{machine.cpu or 'unknown processor'}, {machine.cores} cores, "
         f"governor {machine.governor or 'unknown'}, {memory}; "
         f"onnxruntime {machine.versions.get('onnxruntime', 'none')}\n"
-        f"{report.threads} threads, {report.runs} counted rounds; load before {load}, "
-        f"busy with other work {others}{warning}"
+        f"{report.threads} threads, {report.processes} processes per contender, {report.runs} counted "
+        f"rounds each; load before {load}, busy with other work {others}{warning}"
     )
 
 
@@ -84,6 +86,7 @@ def _resources(figures: PointFigures) -> str:
         rows.append(
             (
                 each.name,
+                round(each.open_seconds, 2),
                 round(each.prefill_reached.flops_per_second / 1e9, 1),
                 each.decode_reached and round(each.decode_reached.bytes_per_second / 1e9, 2),
                 split and _share(split.first_host, split.first_graph),
@@ -96,10 +99,18 @@ def _resources(figures: PointFigures) -> str:
             )
         )
     header = (
-        "contender", "prefill GFLOP/s", "decode GB/s", "host % first", "host % token", "peak MB",
+        "contender", "open s", "prefill GFLOP/s", "decode GB/s", "host % first", "host % token", "peak MB",
         "private", "mapped", "weights", "KV", "KV predicted", "activations",
     )  # fmt: skip
     return table(header, rows)
+
+
+def _terms(report: Report) -> str:
+    rows = [
+        (name, ", ".join(f"{key}: {value}" for key, value in terms.settings.items()))
+        for name, terms in report.peers.items()
+    ]
+    return table(("peer", "settings"), rows)
 
 
 def _peaks_of_memory(used) -> tuple[float, float, float]:

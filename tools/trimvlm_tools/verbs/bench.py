@@ -4,6 +4,8 @@
   trimvlm bench --geometry llava-1b       decoders of every method, answers, memory, size, on random weights
   trimvlm bench --geometry llava-1b --against openvino-genai llama.cpp --visual 64 576 2880 --plot DIR
                                           also peers, for several prompts, with plots
+  trimvlm bench --geometry llava-1b --against openvino-genai --prepare
+                                          make what that needs, and run nothing
 
 With --geometry, exits with 1 when a contender failed or a bar was missed. Ratios are medians over rounds; let
 nothing else run meanwhile (the report says how busy other work was).
@@ -23,7 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="a bundle's directory")
     parser.add_argument("--profiles", nargs="+", default=[], metavar="NAME", help="only these (default: all)")
-    parser.add_argument("--runs", type=int, default=20, help="counted rounds (default: 20)")
+    parser.add_argument("--runs", type=int, default=7, help="counted rounds of each process (default: 7)")
+    parser.add_argument("--processes", type=int, default=3, help="of each contender, in turn (default: 3)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contender (default: 2)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report as JSON to FILE")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="with --geometry: write plots (PNG) to DIR")
@@ -40,6 +43,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     geometry.add_argument("--text", nargs="+", type=int, default=[], metavar="N", help="text rows to sweep")
     geometry.add_argument("--new-tokens", type=int, default=128, help="tokens of each answer (default: 128)")
+    geometry.add_argument(
+        "--prepare", action="store_true", help="export and convert for this precision, run nothing"
+    )
     geometry.add_argument("--precision", choices=("fp32", "int4"), default="fp32", help="of the weights")
     answer = parser.add_argument_group("with BUNDLE")
     answer.add_argument(
@@ -57,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     from trimvlm_tools.bench.report import as_data
     from trimvlm_tools.bench.tables import as_text
 
+    if args.prepare:
+        return _prepare(args)
     report = _geometry(args) if args.geometry else _bundle(args)
     if args.out:
         import msgspec
@@ -80,14 +88,14 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if (args.bundle is None) == (args.geometry is None):
         raise UserError("give either BUNDLE or --geometry NAME")
-    for name in ("runs", "threads", "tokens", "new_tokens"):
+    for name in ("runs", "processes", "threads", "tokens", "new_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not a positive number")
     for name, least in (("visual", 16), ("text", 3)):
         if small := [value for value in getattr(args, name) if value < least]:
             raise UserError(f"--{name}: {small[0]} rows are too few; give at least {least}")
     if args.bundle is not None:
-        for name in ("against", "plot"):
+        for name in ("against", "plot", "prepare"):
             if getattr(args, name):
                 raise UserError(f"--{name}: goes with --geometry only")
 
@@ -98,14 +106,36 @@ def _geometry(args: argparse.Namespace):
 
     return bench_geometry(
         find_geometry(args.geometry),
-        against=args.against,
-        methods=args.profiles,
-        visual=args.visual,
+        _plan(args),
         text=args.text,
         new_tokens=args.new_tokens,
-        precision=args.precision,
         threads=args.threads,
         runs=args.runs,
+        processes=args.processes,
+    )
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from trimvlm_tools.bench.geometry import find_geometry
+    from trimvlm_tools.bench.prepare import prepare_geometry
+
+    peers = prepare_geometry(find_geometry(args.geometry), _plan(args))
+    if args.json:
+        console.emit(peers)
+        return 1 if any(peers.values()) else 0
+    for name, error in peers.items():
+        print(f"{name} FAILED: {error}" if error else f"{name}: ready")
+    return 1 if any(peers.values()) else 0
+
+
+def _plan(args: argparse.Namespace):
+    from trimvlm_tools.bench.prepare import Plan
+
+    return Plan(
+        against=tuple(args.against),
+        methods=tuple(args.profiles),
+        visual=tuple(args.visual),
+        precision=args.precision,
         cache=Path("build/bench"),
     )
 
@@ -124,4 +154,5 @@ def _bundle(args: argparse.Namespace):
         memory=args.memory,
         threads=args.threads,
         runs=args.runs,
+        processes=args.processes,
     )

@@ -26,7 +26,7 @@ import trimvlm
 import trimvlm_tools
 from trimvlm.value import Value
 from trimvlm_tools.bench import peers
-from trimvlm_tools.bench.harness import Contender
+from trimvlm_tools.bench.harness import SILENT, Contender
 from trimvlm_tools.bench.peers import Peer, file_name, find_peer
 
 STAMP = "made.json"
@@ -74,7 +74,8 @@ def peer_contender(
         UserError: no peer has that name.
     """
     peer, label = find_peer(name), label or name
-    _check(peer, workload, precision)
+    _check(peer, precision)
+    _check_workload(peer, workload)
     python = install(peer, directory)
     model = convert(peer, checkpoint, directory, precision)
     answers = isinstance(workload, Answering)
@@ -85,6 +86,18 @@ def peer_contender(
         spec |= {"ids": str(workload.ids.resolve()), "new_tokens": workload.new_tokens}
     path = directory.resolve() / name / re.sub(r"[^\w.+-]", "-", f"{label}.json")
     return Contender(name=label, command=_command(peer, python, path, spec | {"precision": precision}))
+
+
+def prepare_peer(name: str, checkpoint: Path, directory: Path, precision: str) -> Path:
+    """The directory of the converted checkpoint: what a peer needs before it can race.
+
+    Raises:
+        PeerError: it has no such precision, cannot be installed or cannot convert.
+        UserError: no peer has that name.
+    """
+    peer = find_peer(name)
+    _check(peer, precision)
+    return convert(peer, checkpoint, directory, precision)
 
 
 def install(peer: Peer, directory: Path) -> Path:
@@ -141,9 +154,12 @@ def convert(peer: Peer, checkpoint: Path, directory: Path, precision: str) -> Pa
     return model
 
 
-def _check(peer: Peer, workload: Decoding | Answering, precision: str) -> None:
+def _check(peer: Peer, precision: str) -> None:
     if precision not in peer.PRECISIONS:
         raise PeerError(f"{peer.NAME}: {precision!r} is not offered; it has {', '.join(peer.PRECISIONS)}")
+
+
+def _check_workload(peer: Peer, workload: Decoding | Answering) -> None:
     if isinstance(workload, Answering) and not peer.ANSWERS:
         raise PeerError(f"{peer.NAME}: runs decoders only; it answers no question about an image here")
     if isinstance(workload, Answering) and workload.keep is not None and not peer.PRUNES:
@@ -179,7 +195,7 @@ def _recipe(peer: Peer) -> str:
 
 def _run(command: Sequence[str], log: Path, what: str, variables: dict[str, str] | None = None) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, **(variables or {})}
+    environment = {**os.environ, **SILENT, **(variables or {})}
     with log.open("wb") as output:
         done = subprocess.run(
             command, env=environment, check=False, stdin=subprocess.DEVNULL, stdout=output, stderr=output
