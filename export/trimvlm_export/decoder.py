@@ -134,6 +134,10 @@ class Decoder(nn.Module):
             run.before = self._attend(row, stream, run, past, made)
             if row.execute == "decode":
                 return self._at_decode_only(row, stream, run.before)
+        if self._ends(row):
+            return replace(stream, hidden=self._last_row(row, stream, run.before if past else None))
+        if past is not None:
+            assert run.before
             stream = self._attention(row, stream, run, run.before)
         if row.sublayers == "attention":
             return stream
@@ -145,7 +149,8 @@ class Decoder(nn.Module):
     ) -> Attended:
         """Queries, keys and values of a layer; puts out what it caches."""
         layer = self._weights(row)
-        part = LastRow() if row.execute == "decode" else stream.part(row.query)
+        alone = row.execute == "decode" or self._ends(row)
+        part = LastRow() if alone else stream.part(row.query)
         x = layer.input_layernorm(stream.hidden) if made is None else made.normed
         keys = self._keys(row, stream, x, past[0]) if made is None or made.keys is None else made.keys
         values = self._heads(layer.self_attn.v_proj(x), self.kv_heads)
@@ -180,14 +185,24 @@ class Decoder(nn.Module):
         return stream.add(stream.part("live"), self._projected(row, out))
 
     def _at_decode_only(self, row: Row, stream: Stream, attended: Attended) -> Stream:
-        """The whole layer for the last row, which is the only one at decode; at prefill that row's result is
-        thrown away. One row costs nothing beside the others, and its length is known to builders."""
+        """The layer for the last row, which is the only one at decode; at prefill that row's result is thrown
+        away. One row costs nothing beside the others, and its length is known to builders."""
         before = attended.part.take(stream.hidden)
-        after = before + self._projected(row, attended.output(self.schedule.mask))
-        if row.sublayers != "attention":
-            after = after + self._weights(row).ffn(after)
+        after = self._last_row(row, stream, attended)
         decoding = torch.arange(1).unsqueeze(1) < attended.past - self.filled
         return replace(stream, hidden=attended.part.put(stream.hidden, torch.where(decoding, after, before)))
+
+    def _ends(self, row: Row) -> bool:
+        """Whether nothing reads what the layer makes of other rows than the last: the last layer's."""
+        last = row.layer == self.schedule.model.layers - 1
+        return last and row.execute != "none" and not row.selects_inside
+
+    def _last_row(self, row: Row, stream: Stream, attended: Attended | None) -> Tensor:
+        """The layer for the last row alone, a text row: [1, D]."""
+        x = LastRow().take(stream.hidden)
+        if attended is not None:
+            x = x + self._projected(row, attended.output(self.schedule.mask))
+        return x if row.sublayers == "attention" else x + self._weights(row).ffn(x)
 
     def _skip(self, row: Row, stream: Stream, run: Run) -> Stream:
         assert self.schedule.skip

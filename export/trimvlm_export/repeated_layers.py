@@ -47,11 +47,11 @@ def trace_decoder(module: Decoder, *, dtype: torch.dtype) -> ir.Model:
 
 def runs_of(schedule: Schedule) -> list[list[int]]:
     """All layers in runs of those that are alike, ascending. What changes the rows begins a run; a layer that
-    also selects or skips is one of its own."""
+    also selects or skips is one of its own, and so is the last, which goes on with one row."""
     runs: list[list[int]] = []
     alone = True
     for row in schedule.rows:
-        changes = row.layer in (schedule.inject, schedule.exit)
+        changes = row.layer in (schedule.inject, schedule.exit, schedule.model.layers - 1)
         before, alone = alone, bool(row.select) or row.skip_stage or row.execute == "none"
         if before or alone or changes or _kind(row) != _kind(schedule.rows[row.layer - 1]):
             runs.append([])

@@ -6,7 +6,8 @@ Two conventions, because the papers use two (n visual rows, t text rows, d width
   (PyramidDrop, HiDivDrop, VisiPruner);
 * MAC2: all rows, 2 per multiply-accumulate, no causal halving, no LM head (V-Skip, SPIDER, VTW, ShortV).
 
-What ranks tokens is counted in neither; `selection_flops` and `router_flops` give it apart, in MAC2.
+What ranks tokens is counted in neither; `selection_flops` and `router_flops` give it apart, in MAC2, and
+`left_out` what the exported decoder saves without changing any result.
 """
 
 from __future__ import annotations
@@ -25,6 +26,25 @@ def macv(schedule: Schedule) -> int:
 def mac2(schedule: Schedule, text: int) -> int:
     """FLOPs of a prefill with one image and `text` text rows: 2 per multiply-accumulate, no LM head."""
     return sum(2 * _layer_macs(schedule.model, row, text) for row in schedule.rows)
+
+
+def left_out(schedule: Schedule, text: int) -> int:
+    """FLOPs (MAC2) of one image and `text` text rows that the exported decoder does not run.
+
+    Nothing reads what the last layer makes of other rows than the last: past its keys and values it computes
+    that row alone. No paper counts so.
+    """
+    row, model = schedule.rows[-1], schedule.model
+    if row.layer != model.layers - 1 or row.execute != "both" or row.selects_inside:
+        return 0
+    width, kv_width = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    run = 0
+    if row.attends:
+        pairs = text + (0 if row.text_keys == "none" else row.live)
+        run = 2 * model.hidden * (kv_width * (text + row.live) + width) + 2 * width * pairs
+    if row.sublayers != "attention":
+        run += 3 * model.hidden * model.ffn
+    return 2 * (_layer_macs(model, row, text) - run)
 
 
 def selection_flops(schedule: Schedule, text: int) -> int:

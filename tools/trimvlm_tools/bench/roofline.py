@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import msgspec
 
-from trimvlm.accounting import kv_bytes_per_layer, mac2, selection_flops
+from trimvlm.accounting import kv_bytes_per_layer, left_out, mac2, selection_flops
 from trimvlm.profile import ModelSpec
 from trimvlm.schedule import Row, Schedule
 from trimvlm.value import Value
@@ -45,6 +45,7 @@ def prefill_work(schedule: Schedule, text: int, value_bytes: float) -> Work:
             _per_layer(mac2, schedule, text), _per_layer(selection_flops, schedule, text), strict=True
         )
     ]
+    layers[-1] -= left_out(schedule, text)
     cached = kv_bytes_per_layer(schedule, text, 4)
     weights = [value_bytes * layer_values(model, row) for row in schedule.rows]
     head = model.hidden * model.vocab
