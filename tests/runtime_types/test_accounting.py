@@ -16,7 +16,7 @@ from decimal import Decimal
 
 import pytest
 
-from trimvlm.accounting import kv_bytes_per_layer, mac2, macv, selection_flops
+from trimvlm.accounting import kv_bytes_per_layer, left_out, mac2, macv, selection_flops
 from trimvlm.encoder_rules import EncoderStage
 from trimvlm.profile import Decisions, LayerRule, ModelSpec, Select, SkipMode, SkipStage
 from trimvlm.rules import (
@@ -305,6 +305,27 @@ def test_parts_of_a_layer_counted_by_hand() -> None:
     assert mac2(bypass, text=1) == 2 * (all_rows - 3 * ffn)
     inside = schedule(model, select=(Select(layer=0, keep=1, by=CrossAndSelfAttention()),))
     assert mac2(inside, text=1) == 2 * (all_rows - 3 * (o + ffn))  # the rows that leave still attend
+
+
+def test_what_the_last_layer_leaves_out_counted_by_hand() -> None:
+    """The model of the tests above with two layers: 4 of 5 rows are spared past keys and values."""
+    model = geometry(6, 5, 2, 4, heads=3, kv_heads=1)
+    q = o = 6 * 6
+    ffn, pair = 3 * 6 * 5, 2 * 6
+
+    def count(layer: int = 1, **rule: object) -> int:
+        return left_out(schedule(model, layers=(LayerRule(layers=(layer,), **rule),)), text=1)  # type: ignore[arg-type]
+
+    every = 2 * 4 * (q + o + 5 * pair + ffn)
+    assert count(query="live") == count(layer=0, execute="none") == every
+    assert count(query="none", ffn="none") == 0  # the text row runs alone
+    assert count(text_keys="none") == 2 * 4 * (q + o + 5 * pair + ffn)
+    assert count(sublayers="ffn") == 2 * 4 * ffn
+    assert count(sublayers="attention") == 2 * 4 * (q + o + 5 * pair)
+    assert count(execute="decode") == count(execute="none") == 0
+    assert (
+        left_out(schedule(model, select=(Select(layer=1, keep=1, by=CrossAndSelfAttention()),)), text=1) == 0
+    )
 
 
 def test_entropy_costs_a_language_model_head() -> None:
