@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from trimvlm.errors import UserError
@@ -13,9 +14,9 @@ from trimvlm_tools.bench.groups import Grouped, grouped, race_in_groups
 from trimvlm_tools.bench.harness import Contender, Race, Spread, race
 from trimvlm_tools.bench.machine import fingerprint
 from trimvlm_tools.bench.peaks import NAME, Peaks, read_peaks
-from trimvlm_tools.bench.process_memory import library_pages, parse_kernel_fields
+from trimvlm_tools.bench.process_memory import Memory, library_pages, parse_kernel_fields, weight_pages
 from trimvlm_tools.bench.report import Report
-from trimvlm_tools.bench.session_memory import phases
+from trimvlm_tools.bench.session_memory import SessionMemory, phases
 from trimvlm_tools.bench.tables import as_text
 from trimvlm_tools.cli import main
 
@@ -216,6 +217,11 @@ Anonymous:            10 kB
 THPeligible:    0
 7f10-7f20 r--p 00000000 fe:00 13    /models/model.safetensors
 Rss:                 500 kB
+Pss:                 350 kB
+Anonymous:             0 kB
+7f18-7f28 r--p 00000000 fe:00 13    /models/model.safetensors
+Rss:                 300 kB
+Pss:                 150 kB
 Anonymous:             0 kB
 7f20-7f30 rw-p 00000000 00:00 0
 Rss:                  70 kB
@@ -226,9 +232,25 @@ Anonymous:             0 kB
 """
 
 
-def test_pages_of_shared_libraries_are_told_apart():
+def test_pages_of_shared_libraries_and_of_weights_are_told_apart():
     assert library_pages(MAPPED) == 95 * 1024
-    assert library_pages("") == 0
+    assert weight_pages(MAPPED) == (200 + 300) * 1024  # 300 of them are mapped twice
+    assert library_pages("") == weight_pages("") == 0
+
+
+def test_weights_are_what_opening_took_and_what_was_mapped_by_the_end():
+    def memory(private: int, weights: int = 0) -> Memory:
+        return Memory(
+            peak=0, anonymous=private, file=0, libraries=0, weights=weights, anonymous_peak=0, file_peak=0
+        )
+
+    held = SessionMemory(
+        weight_bytes=100, empty=memory(5), imports=memory(10), opened=memory(105), used=memory(150, 5),
+        low_memory=memory(20, 100), open_seconds=1.0,
+    )  # fmt: skip
+    assert held.weights_resident == 1.0 and held.choice_weights_resident is None
+    both = msgspec.structs.replace(held, choice_opened=memory(12), choice=memory(40, 100))
+    assert both.choice_weights_resident == 1.02
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")

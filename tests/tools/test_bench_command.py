@@ -6,10 +6,17 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import msgspec
+import numpy as np
 import pytest
+from PIL import Image
 
+from trimvlm.backends import Backend
+from trimvlm.bundle import Bundle
+from trimvlm.session import Session
+from trimvlm_tools.bench.choice import Member, members
 from trimvlm_tools.bench.geometry import find_geometry
 from trimvlm_tools.bench.harness import Contender
 from trimvlm_tools.bench.peers.environment import PeerError
@@ -105,11 +112,35 @@ def test_the_report_is_whole_as_text_as_json_and_as_plots(run, tmp_path):
     assert verdicts["pruned prefill over roofline at 576 visual tokens"] == "not measured"
     assert verdicts["KV / the Schedule's prediction, worst"] == "pass"
     text = as_text(report)
-    for words in ("32 visual and 12 text rows", "copycat", "4/4", "weights resident / one copy"):
+    for words in ("32 visual and 12 text rows", "copycat", "4/4", "weights resident / one copy, a session"):
         assert words in text
     written = draw(report, tmp_path / "plots")
     assert [path.name for path in written] == ["tiny-fp32-roofline-32+12.png", "tiny-fp32-first-token.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_members_of_a_choice_answer_as_their_own_sessions_do(run):
+    _, cache = run
+    image = np.full((40, 40, 3), 90, np.uint8)
+
+    def answer(session: Session) -> list[str]:
+        return list(session.generate("w20 w30", [Image.fromarray(image)], max_new_tokens=4))
+
+    (member,) = members(Bundle(cache / "bundles" / "tiny"), ["dense"], threads=1)
+    with member, Session.open(cache / "bundles" / "tiny", "dense", threads=1) as session:
+        assert answer(member) == answer(session) != []
+
+
+def test_a_member_has_its_own_decoder_and_the_vision_of_the_first():
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, role, feeds, fetch, keep=()):
+            return {"by": self.name}
+
+    member = Member(cast("Backend", Named("own")), cast("Backend", Named("first")))
+    assert [member.run(role, {}, [])["by"] for role in ("vision", "decoder")] == ["first", "own"]
 
 
 def test_what_a_race_needs_can_be_made_without_running_it(monkeypatch, tmp_path, capsys):

@@ -60,7 +60,12 @@ def geometry_bars(
     bars += [_first_token(name_, answers) for name_ in QUARTER]
     bars += _host(points, answers)
     bars += [
-        at_most("weights resident / one copy", memory.weights_resident if memory else None, RESIDENT),
+        at_most("weights resident / one copy, a session", memory and memory.weights_resident, RESIDENT),
+        at_most(
+            "weights resident / one copy, a choice of two",
+            memory and memory.choice_weights_resident,
+            RESIDENT,
+        ),
         at_most("KV / the Schedule's prediction, worst", _worst_kv(points), 1.0),
         at_most("session: peak memory / weights", memory.peak_over_weights if memory else None, PEAK),
         at_most("bundle / checkpoint, on disk", size.over_checkpoint, DISK),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from time import perf_counter
-from types import TracebackType
 from typing import Any, NamedTuple
 
-from trimvlm.backends import Backend, Port
+from trimvlm.backends import Backend
 from trimvlm.backends.blocks import part_of
+from trimvlm_tools.forwarding import Forwarding
 
 
 class GraphRun(NamedTuple):
@@ -19,20 +19,20 @@ class GraphRun(NamedTuple):
     end: float
 
 
-class Clocked:
-    """A Backend that notes when its graphs run.
+class Clocked(Forwarding):
+    """Notes when a backend's graphs run.
 
     With ONNX Runtime the session itself is clocked, so that all of our own Python counts as host time;
     otherwise the backend's `run`.
     """
 
     def __init__(self, backend: Backend, runs: list[GraphRun]) -> None:
-        self.backend = backend
+        super().__init__(backend)
         self.runs = runs
         self.inside = False
 
     def __enter__(self) -> Clocked:
-        self.backend.__enter__()
+        super().__enter__()
         sessions = getattr(self.backend, "sessions", None)
         if isinstance(sessions, dict):
             self.inside = True
@@ -41,25 +41,13 @@ class Clocked:
                 held.session = sessions[role]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.backend.__exit__(kind, error, trace)
-
-    def inputs(self, role: str) -> dict[str, Port]:
-        return self.backend.inputs(role)
-
-    def outputs(self, role: str) -> dict[str, Port]:
-        return self.backend.outputs(role)
-
     def run(
         self, role: str, feeds: Mapping[str, Any], fetch: Sequence[str], keep: Sequence[str] = ()
     ) -> dict[str, Any]:
-        if self.inside:
-            return self.backend.run(role, feeds, fetch, keep)
         start = perf_counter()
-        outputs = self.backend.run(role, feeds, fetch, keep)
-        self.runs.append(GraphRun(part_of(role), start, perf_counter()))
+        outputs = super().run(role, feeds, fetch, keep)
+        if not self.inside:
+            self.runs.append(GraphRun(part_of(role), start, perf_counter()))
         return outputs
 
 

@@ -24,6 +24,8 @@ class Memory(Value, frozen=True, kw_only=True):
         file: file-backed now: libraries, mapped weights; the kernel can drop these pages.
         libraries: of `file`, pages of shared libraries. The same process has more of them where the kernel
             keeps their files in larger pieces (measured: 49 MB, and 62 MB just after they were installed).
+        weights: of `file`, pages of safetensors files, each once however often this process maps it; less
+            where another process maps them as well.
         anonymous_peak, file_peak: the most of either that was seen (sampled).
     """
 
@@ -31,6 +33,7 @@ class Memory(Value, frozen=True, kw_only=True):
     anonymous: int
     file: int
     libraries: int
+    weights: int = 0
     anonymous_peak: int
     file_peak: int
 
@@ -69,7 +72,7 @@ class Watched:
         try:
             status = parse_kernel_fields((self.directory / "status").read_text())
             rollup = parse_kernel_fields((self.directory / "smaps_rollup").read_text())
-            libraries = library_pages((self.directory / "smaps").read_text())
+            mappings = (self.directory / "smaps").read_text()
         except OSError:
             return None
         private, mapped = rollup["Anonymous"], rollup["Rss"] - rollup["Anonymous"]
@@ -77,7 +80,8 @@ class Watched:
             peak=status["VmHWM"],
             anonymous=private,
             file=mapped,
-            libraries=libraries,
+            libraries=library_pages(mappings),
+            weights=weight_pages(mappings),
             anonymous_peak=max(self.highest["RssAnon"], private),
             file_peak=max(self.highest["RssFile"], mapped),
         )
@@ -94,16 +98,24 @@ class Watched:
 
 def library_pages(text: str) -> int:
     """Bytes of /proc/PID/smaps that are resident and of shared libraries' files."""
-    found, library = 0, False
-    for line in text.splitlines():
-        words = line.split()
-        if not words[0].endswith(":"):  # a range of addresses begins: its file is the last word
-            library = _LIBRARY.search(words[-1]) is not None
-        elif library and words[0] in ("Rss:", "Anonymous:"):
-            size = kibibytes(line.partition(":")[2])
-            assert size is not None
-            found += size if words[0] == "Rss:" else -size
-    return found
+    return sum(
+        fields["Rss"] - fields["Anonymous"] for file, fields in _mappings(text) if _LIBRARY.search(file)
+    )
+
+
+def weight_pages(text: str) -> int:
+    """Bytes of /proc/PID/smaps that are of safetensors files; a page mapped twice counts half twice."""
+    return sum(fields["Pss"] for file, fields in _mappings(text) if file.endswith(".safetensors"))
+
+
+def _mappings(text: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """The last word of each range of addresses, which is its file where it has one, and its fields."""
+    lines: list[str] = []
+    for line in [*text.splitlines(), "end"]:
+        if lines and not line.split()[0].endswith(":"):
+            yield lines[0].split()[-1], parse_kernel_fields("\n".join(lines[1:]))
+            lines = []
+        lines.append(line)
 
 
 def parse_kernel_fields(text: str) -> dict[str, int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 
 from trimvlm.bundle import Bundle
+from trimvlm.profile import Profile
 from trimvlm_tools import console
 from trimvlm_tools.bench.answers import measure_answers
 from trimvlm_tools.bench.bars import geometry_bars
@@ -74,7 +75,7 @@ def bench_geometry(
     if plan.precision == "fp32":
         memory = session_memory(
             bundle.directory,
-            [profile.key for profile in made.whole.values()][:2],
+            _members(made.whole),
             prompt=question,
             weight_bytes=sum(bundle.manifest.files[name].bytes for name in bundle.manifest.weights),
             threads=threads,
@@ -104,6 +105,12 @@ def bench_geometry(
 def _terms(name: str) -> PeerTerms:
     peer = find_peer(name)
     return PeerTerms(requirements=peer.REQUIREMENTS, settings={k: str(v) for k, v in peer.SETTINGS.items()})
+
+
+def _members(profiles: Mapping[str, Profile]) -> list[str]:
+    """Names in the bundle of dense and of a second profile that can be in one choice with it."""
+    stage = profiles[DENSE].decisions.encoder
+    return [each.key for each in profiles.values() if each.decisions.encoder == stage][:2]
 
 
 def _children_seconds() -> float:

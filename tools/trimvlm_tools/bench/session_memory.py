@@ -23,7 +23,8 @@ class SessionMemory(Value, frozen=True, kw_only=True):
         opened: with a Session open.
         used: after a prefill and some decode steps.
         low_memory: as `used`, of a session opened with `low_memory`.
-        several: with Sessions of `together` open at once, in one process; None where it is a single one.
+        choice_opened: with `together` held as the members of a choice; None where it is a single one.
+        choice: the same after an answer of each.
         open_seconds: to open the Session a second time, in a fresh process.
     """
 
@@ -33,7 +34,8 @@ class SessionMemory(Value, frozen=True, kw_only=True):
     opened: Memory
     used: Memory
     low_memory: Memory
-    several: Memory | None = None
+    choice_opened: Memory | None = None
+    choice: Memory | None = None
     together: tuple[str, ...] = ()
     open_seconds: float
 
@@ -44,9 +46,20 @@ class SessionMemory(Value, frozen=True, kw_only=True):
 
     @property
     def weights_resident(self) -> float:
-        """What open Sessions hold beyond the imports over one copy of the weights, at its worst."""
-        held = [each.resident for each in (self.opened, self.several) if each]
-        return (max(held) - self.imports.resident) / self.weight_bytes
+        """What a Session holds of weights after an answer over one copy of them, see `_weights`."""
+        return self._weights(self.opened, self.used)
+
+    @property
+    def choice_weights_resident(self) -> float | None:
+        """The same of the choice."""
+        if self.choice_opened is None or self.choice is None:
+            return None
+        return self._weights(self.choice_opened, self.choice)
+
+    def _weights(self, opened: Memory, used: Memory) -> float:
+        """All private memory that opening took, copies of weights among it, and the mapped weights that were
+        read by the end; the caches and activations of the answer are not weights."""
+        return (opened.anonymous - self.imports.anonymous + used.weights) / self.weight_bytes
 
 
 class Phase(NamedTuple):
@@ -58,20 +71,17 @@ class Phase(NamedTuple):
 
 _EMPTY = "print('ready', flush=True); input()"
 _IMPORTS = f"import onnxruntime, trimvlm.session; {_EMPTY}"
+_CHOICE = "from trimvlm_tools.bench.choice import main; main()"
 _SESSION = """
 import sys, time
-from contextlib import ExitStack
 import numpy as np
 from PIL import Image
 from trimvlm.session import Session
 
-bundle, prompt, threads, low_memory, *profiles = sys.argv[1:]
+bundle, prompt, threads, low_memory, profile = sys.argv[1:]
 pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-with ExitStack() as held:
-    start = time.perf_counter()
-    for profile in profiles:
-        opened = Session.open(bundle, profile, threads=int(threads), low_memory=low_memory == "1")
-        session = held.enter_context(opened)
+start = time.perf_counter()
+with Session.open(bundle, profile, threads=int(threads), low_memory=low_memory == "1") as session:
     print(time.perf_counter() - start, flush=True)
     input()
     for _ in session.generate(prompt, [Image.fromarray(pixels)], max_new_tokens=8):
@@ -84,7 +94,7 @@ with ExitStack() as held:
 def session_memory(
     bundle: Path, profiles: Sequence[str], *, prompt: str, weight_bytes: int, threads: int
 ) -> SessionMemory:
-    """Measures the first profile of a bundle, and all given together, each in a fresh process.
+    """Measures the first profile of a bundle, and all given as members of a choice, each in a fresh process.
 
     Raises:
         UserError: this system has no /proc, or a process failed; the message ends with its own last line.
@@ -92,16 +102,18 @@ def session_memory(
     if not Path("/proc/self/smaps_rollup").is_file():
         raise UserError("memory is read from /proc, which this system does not have; leave out --memory")
 
-    def session(names: Sequence[str], *, low_memory: bool = False, count: int = 2) -> list[Phase]:
+    def session(*, low_memory: bool = False, count: int = 2) -> list[Phase]:
         options = (prompt, str(threads), str(int(low_memory)))
-        return phases(_SESSION, str(bundle), *options, *names, count=count)
+        return phases(_SESSION, str(bundle), *options, profiles[0], count=count)
 
     empty = phases(_EMPTY)[0].memory
     imports = phases(_IMPORTS)[0].memory
-    opened, used = session(profiles[:1])
-    again = session(profiles[:1], count=1)[0]
-    low_memory = session(profiles[:1], low_memory=True)[1]
-    several = session(profiles, count=1)[0] if len(profiles) > 1 else None
+    opened, used = session()
+    again = session(count=1)[0]
+    low_memory = session(low_memory=True)[1]
+    choice_opened = choice = None
+    if len(profiles) > 1:
+        choice_opened, choice = phases(_CHOICE, str(bundle), prompt, str(threads), *profiles, count=2)
     return SessionMemory(
         weight_bytes=weight_bytes,
         empty=empty,
@@ -109,8 +121,9 @@ def session_memory(
         opened=opened.memory.minus(empty),
         used=used.memory.minus(empty),
         low_memory=low_memory.memory.minus(empty),
-        several=several and several.memory.minus(empty),
-        together=tuple(profiles) if several else (),
+        choice_opened=choice_opened and choice_opened.memory.minus(empty),
+        choice=choice and choice.memory.minus(empty),
+        together=tuple(profiles) if choice else (),
         open_seconds=float(again.said),
     )
 

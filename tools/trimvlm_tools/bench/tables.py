@@ -185,14 +185,15 @@ def _memory(name: str, memory: SessionMemory) -> str:
         ("+ open session", memory.opened),
         ("+ prefill, decode", memory.used),
         ("the same, low_memory", memory.low_memory),
-        (f"open: {' and '.join(memory.together)}", memory.several),
+        (f"choice of {' and '.join(memory.together)}", memory.choice_opened),
+        ("+ an answer of each", memory.choice),
     ]
     rows = [
-        (state, *(_mb(x) for x in (m.peak, m.anonymous_peak, m.anonymous, m.file)))
+        (state, *(_mb(x) for x in (m.peak, m.anonymous_peak, m.anonymous, m.file, m.weights)))
         for state, m in states
         if m
     ]
-    header = (f"session of {name}, MB", "peak", "peak private", "private", "file-backed")
+    header = (f"session of {name}, MB", "peak", "peak private", "private", "file-backed", "mapped weights")
     return (
         f"{table(header, rows)}\nweights {_mb(memory.weight_bytes)} MB; rows after the first are above the "
         f"empty process; peak {memory.peak_over_weights:.3f} of the weights; opened again in "

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from trimvlm.backends import Backend, Port
+from trimvlm.backends import Backend
 from trimvlm.bundle import Bundle
 from trimvlm.errors import UserError
 from trimvlm.opening import check_opening, open_backends
 from trimvlm.runner import Runner
 from trimvlm.text import load_tokenizer
+from trimvlm_tools.forwarding import Forwarding
 from trimvlm_tools.parity.goldens import Goldens
 
 STEPS = 1  # decode steps after the prefill; each writes the whole cache twice
@@ -28,36 +28,21 @@ RUNNER = "trimvlm"
 Run = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 
-class Recording:
-    """A backend that keeps what its graphs were fed and gave. See `Backend`.
+class Recording(Forwarding):
+    """Keeps what a backend's graphs were fed and gave.
 
     Attributes:
         runs: by role, inputs and outputs of each run.
     """
 
     def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+        super().__init__(backend)
         self.runs: dict[str, list[Run]] = {}
-
-    def __enter__(self) -> Recording:
-        self.backend.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.backend.__exit__(kind, error, trace)
-
-    def inputs(self, role: str) -> dict[str, Port]:
-        return self.backend.inputs(role)
-
-    def outputs(self, role: str) -> dict[str, Port]:
-        return self.backend.outputs(role)
 
     def run(
         self, role: str, feeds: Mapping[str, Any], fetch: Sequence[str], keep: Sequence[str] = ()
     ) -> dict[str, Any]:
-        found = self.backend.run(role, feeds, fetch, keep)
+        found = super().run(role, feeds, fetch, keep)
         self.runs.setdefault(role, []).append((dict(feeds), dict(found)))
         return found
 

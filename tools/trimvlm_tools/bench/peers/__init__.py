@@ -66,8 +66,10 @@ class Peer(Protocol):
         ANSWERS: whether it answers questions about images; then the file has `open_answer`.
         PRUNES: whether answers can be given from fewer visual tokens (`keep`).
 
-    A file may also have `BUILD_ENVIRONMENT`, variables that are set while the requirements are installed, and
-    `ENVIRONMENT`, the name of the peer whose environment it shares.
+    A file may also have `BUILD_REQUIREMENTS`, those that are installed before the others, `BUILD_ENVIRONMENT`,
+    variables that are set while the others are installed (`{packages}` in them: the directory that packages
+    are installed to), and `ENVIRONMENT` and `MODELS`, the names of the peers whose environment and whose
+    converted models it shares.
     """
 
     NAME: str

@@ -111,6 +111,7 @@ def install(peer: Peer, directory: Path) -> Path:
     venv = directory.resolve() / getattr(peer, "ENVIRONMENT", peer.NAME) / "venv"
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     build = getattr(peer, "BUILD_ENVIRONMENT", {})
+    first = getattr(peer, "BUILD_REQUIREMENTS", ())
     made = {"requirements": list(peer.REQUIREMENTS), "build": build, "python": platform.python_version()}
     with _lock(venv):
         if not _is_made(venv, made):
@@ -118,7 +119,11 @@ def install(peer: Peer, directory: Path) -> Path:
             log = venv.with_suffix(".log")
             _run((sys.executable, "-m", "venv", str(venv)), log, f"{peer.NAME}: virtual environment")
             pip = (str(python), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check")
-            _run((*pip, *peer.REQUIREMENTS), log, f"{peer.NAME}: pip install", build)
+            # A wheel that pip kept may have been built with other variables.
+            fresh = ("--no-cache-dir",) if build else ()
+            variables = {name: value.format(packages=_packages(venv)) for name, value in build.items()}
+            for requirements in filter(None, (first, peer.REQUIREMENTS)):
+                _run((*pip, *fresh, *requirements), log, f"{peer.NAME}: pip install", variables)
             _finish(venv, made)
         _show_sources(venv)
     return python
@@ -132,6 +137,7 @@ def convert(peer: Peer, checkpoint: Path, directory: Path, precision: str) -> Pa
     Raises:
         PeerError: the peer cannot be installed or cannot convert.
     """
+    peer = find_peer(getattr(peer, "MODELS", peer.NAME))
     python = install(peer, directory)
     checkpoint = checkpoint.resolve()
     key = hashlib.sha256(str(checkpoint).encode()).hexdigest()[:8]
@@ -176,11 +182,15 @@ def _command(peer: Peer, python: Path, path: Path, spec: dict[str, Any]) -> tupl
 
 def _show_sources(venv: Path) -> None:
     """Lets the environment import trimvlm's sources, after everything of its own."""
-    scheme = "nt" if os.name == "nt" else "posix_prefix"
-    site_packages = sysconfig.get_path("purelib", scheme, {"base": str(venv)})
     roots = {Path(str(package.__file__)).resolve().parents[1] for package in (trimvlm, trimvlm_tools)}
     lines = "".join(f"{root}\n" for root in sorted(roots))
-    (Path(site_packages) / "trimvlm-sources.pth").write_text(lines, "utf-8")
+    (_packages(venv) / "trimvlm-sources.pth").write_text(lines, "utf-8")
+
+
+def _packages(venv: Path) -> Path:
+    """Where an environment's packages lie."""
+    scheme = "nt" if os.name == "nt" else "posix_prefix"
+    return Path(sysconfig.get_path("purelib", scheme, {"base": str(venv)}))
 
 
 def _recipe(peer: Peer) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from trimvlm_tools.bench.peers import llama_cpp
 
 NAME = "llama.cpp-f16"
-ENVIRONMENT = llama_cpp.NAME
+ENVIRONMENT = MODELS = llama_cpp.NAME
 REQUIREMENTS = llama_cpp.REQUIREMENTS
 BUILD_ENVIRONMENT = llama_cpp.BUILD_ENVIRONMENT
 SETTINGS: dict[str, Any] = {
