@@ -124,7 +124,7 @@ GEOMETRIES: dict[str, AnyGeometry] = {
         Geometry(name="d1024"),
         # Seconds instead of minutes: for trying the command out, not for figures.
         Geometry(
-            name="tiny", layers=8, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=128,
+            name="tiny", layers=8, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=160,
             image=56, vision_hidden=32, text=12,
         ),
     )

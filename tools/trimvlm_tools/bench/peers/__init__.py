@@ -66,7 +66,7 @@ class Peer(Protocol):
         ANSWERS: whether it answers questions about images; then the file has `open_answer`.
         PRUNES: whether answers can be given from fewer visual tokens (`keep`).
 
-    A file may also have `BUILD_REQUIREMENTS`, those that are installed before the others, `BUILD_ENVIRONMENT`,
+    A file may also have `BUILD_REQUIREMENTS`, installed before the others, `BUILD_ENVIRONMENT`,
     variables that are set while the others are installed (`{packages}` in them: the directory that packages
     are installed to), and `ENVIRONMENT` and `MODELS`, the names of the peers whose environment and whose
     converted models it shares.
