@@ -18,6 +18,20 @@ from trimvlm_export.checkpoint import Tensor
 MADE_OF = "trimvlm.tensors"  # property of a graph: transformers' names of the tensors that went into it
 INLINE_LIMIT = 1 << 20  # bytes of constants that may live in the graph file itself
 
+# Operators of decoders that the exporter translates as `torch.export` gives them, but for `to` and `reshape`,
+# which it wants by the names of what they do: a program of these alone needs no decomposition.
+_ATEN = torch.ops.aten
+_NAMES = (
+    *("_assert_tensor_metadata.default", "add.Tensor", "arange.default", "arange.start", "cat.default"),
+    *("cos.default", "embedding.default", "empty.memory_format", "eq.Scalar", "ge.Tensor", "linear.default"),
+    *("index_select.default", "lt.Scalar", "lt.Tensor", "matmul.default", "mean.dim", "mul.Tensor"),
+    *("ones.default", "repeat_interleave.self_int", "reshape.default", "rms_norm.default", "select.int"),
+    *("scaled_dot_product_attention.default", "silu.default", "sin.default", "slice.Tensor", "softmax.int"),
+    *("sub.Tensor", "sum.dim_IntList", "sym_size.int", "to.dtype", "topk.default", "transpose.int"),
+    *("unsqueeze.default", "where.self"),
+)
+PLAIN = {f"aten.{name}" for name in _NAMES} | {"onnx.RotaryEmbedding.opset23"}
+
 
 def trace(
     module: nn.Module,
@@ -47,6 +61,7 @@ def trace(
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.export.export(module.eval(), (), kwargs=example, dynamic_shapes=shapes, strict=False)
+        _spare_decompositions(program)
         exported = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=True, verbose=False)
     assert exported is not None
     model = exported.model
@@ -57,6 +72,33 @@ def trace(
             if dims is not None:
                 value.shape = ir.Shape(dims)
     return model
+
+
+def _spare_decompositions(program: torch.export.ExportedProgram) -> None:
+    """Makes a program of plain operators say that it is its own decomposition: `torch.onnx.export` decomposes
+    whatever it is given, which runs it three times more."""
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    names = {str(node.target) for node in nodes if node.target.__module__ != "_operator"}  # sizes' arithmetic
+    reshapes = [node for node in nodes if node.target is _ATEN.reshape.default]
+    if not names <= PLAIN or not all(_is_view(node) for node in reshapes):
+        return
+    for node in reshapes:
+        node.target = _ATEN.view.default
+    for node in nodes:
+        if node.target is _ATEN.to.dtype:
+            node.target, node.kwargs = _ATEN._to_copy.default, {"dtype": node.args[1]}
+            node.args = node.args[:1]
+    program.run_decompositions = lambda *_, **__: program  # type: ignore[method-assign]
+
+
+def _is_view(reshape: torch.fx.Node) -> bool:
+    """Whether a reshape needs no copy; else it is none of `view`'s."""
+    (source,) = reshape.all_input_nodes[:1]
+    try:
+        source.meta["val"].view(reshape.meta["val"].shape)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _dynamic(name: str, tensor: torch.Tensor, dynamic: Callable[[str, int], bool]) -> dict[int, Any]:
