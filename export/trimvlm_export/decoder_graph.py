@@ -14,8 +14,8 @@ from trimvlm.bundle import DecoderGraph
 from trimvlm.schedule import Schedule
 from trimvlm_export.decoder import Decoder
 from trimvlm_export.passes.in_place import to_in_place
-from trimvlm_export.passes.residual import add_in_products
 from trimvlm_export.passes.primitive import to_primitive
+from trimvlm_export.passes.residual import add_in_products
 from trimvlm_export.repeated_layers import trace_decoder
 from trimvlm_export.source import Source
 from trimvlm_export.text_model import axes, biases, check_text_model, rotary
