@@ -123,7 +123,7 @@ def test_without_the_anchor_there_is_nothing_to_compare_with(tmp_path):
 
 
 def test_every_contender_starts_as_often_as_there_are_processes_and_their_runs_are_pooled(tmp_path):
-    log = tmp_path / "log"
+    log, steps = tmp_path / "log", list[str]()
     result = race_in_groups(
         [fake("b", log, 1.0), fake("c", log, 1.0, dies_at=3)],
         always=[fake("a", log, 2.0)],
@@ -131,9 +131,12 @@ def test_every_contender_starts_as_often_as_there_are_processes_and_their_runs_a
         runs=2,
         processes=2,
         save={},
+        advance=steps.append,
     )
-    # The second time c, which failed, is left out; each process begins with two rounds of warm-up.
-    assert log.read_text() == "abc" + "bca" + "cab" + "ab" + "ab" + "ba" + "ab" + "ba"
+    # The second time b starts first, and c, which failed, is left out; each process begins with two rounds of
+    # warm-up.
+    assert log.read_text() == "abc" + "bca" + "cab" + "ab" + "ba" + "ab" + "ba" + "ab"
+    assert [step[0] for step in steps if step.endswith(" open")] == ["a", "b", "c", "b", "a"]
     assert [(each.process, each.figures["seconds"]) for each in result.samples("b")] == [
         (1, (3.0, 4.0)),
         (2, (3.0, 4.0)),

@@ -97,7 +97,8 @@ def race_in_groups(
         needs: bytes of memory that a contender may take, by name.
         runs: counted rounds of each process.
         processes: how often each group is started anew. The same program differs from one process to the
-            next, by where its memory lies, and all rounds of one process share that luck.
+            next, by where its memory lies, and all rounds of one process share that luck. Each time another
+            contender starts first: the first was 6 to 12 % slower than its own copies after it.
         save: as for `race`.
 
     Raises:
@@ -107,8 +108,10 @@ def race_in_groups(
     races: list[Race] = []
     for group in grouped(contenders, always, needs, available_bytes()):
         failed: dict[str, str] = {}
-        for _ in range(processes):
+        for number in range(processes):
             again = [each for each in group if each.name not in failed]
+            first = number * len(again) // processes
+            again = again[first:] + again[:first]
             wanted = {each.name: save[each.name] for each in again if each.name in save}
             found = race(again, runs=runs, save=wanted, advance=advance)
             failed |= found.failed
