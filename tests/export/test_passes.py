@@ -96,11 +96,11 @@ def test_sums_of_floats_stay() -> None:
     assert [node.op_type for node in to_primitive(model).graph] == ["ReduceSum", "Identity"]
 
 
-def residual_model(*, bias: bool = False, twice: bool = False, width: int = 5) -> ir.Model:
+def residual_model(*, bias: bool = False, twice: bool = False, width: int = 5, beta: float = 1.0) -> ir.Model:
     rng = np.random.default_rng(4)
     arrays = {"w": rng.normal(size=(5, 3)), "b": rng.normal(size=5)}
     weights = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in arrays.items()]
-    gemm = helper.make_node("Gemm", ["x", "w", "b"][: 3 if bias else 2], ["product"], transB=1)
+    gemm = helper.make_node("Gemm", ["x", "w", "b"][: 3 if bias else 2], ["product"], transB=1, beta=beta)
     nodes = [gemm, helper.make_node("Add", ["r", "product"], ["y"])]
     nodes += [helper.make_node("Add", ["y", "product"], ["z"])] if twice else []
     inputs = [
@@ -123,7 +123,7 @@ def test_a_product_adds_the_residual() -> None:
     np.testing.assert_allclose(run(model, feeds), before, atol=2e-6)
 
 
-@pytest.mark.parametrize("other", [{"bias": True}, {"twice": True}, {"width": 1}])
+@pytest.mark.parametrize("other", [{"bias": True}, {"twice": True}, {"width": 1}, {"beta": 0.5}])
 def test_other_sums_stay(other: dict) -> None:
     model = residual_model(**other)
     before = [node.op_type for node in model.graph]

@@ -36,6 +36,7 @@ def _product(add: ir.Node, value: ir.Value | None) -> ir.Node | None:
         return None
     shapes = [each.shape for each in add.inputs if each is not None]
     alone = gemm.op_type == "Gemm" and len(gemm.inputs) == 2 and len(list(value.uses())) == 1
+    alone = alone and gemm.attributes.get_float("beta", 1.0) == 1.0  # what C is multiplied with
     matrices = len(shapes) == 2 and all(shape is not None and len(shape) == 2 for shape in shapes)
     if not alone or not matrices or value.is_graph_output():
         return None
