@@ -161,15 +161,16 @@ print(json.dumps({"seconds": float(os.environ["ORT_DISABLE_TELEMETRY"])}), flush
 def test_the_greatest_of_several_probes_is_the_machines_peak():
     figures = {
         "flops_numpy": (3.0, 5.0, 4.0), "flops_onnxruntime": (9.0, 1.0, 2.0), "read_libc": (7.0, 8.0, 9.0),
-        "read_numpy": (1.0, 1.0, 1.0), "copy": (2.0, 2.0, 3.0),
+        "read_numpy": (1.0, 1.0, 1.0), "copy": (2.0, 2.0, 3.0), "rows_onnxruntime": (5.0, 7.0, 6.0),
     }  # fmt: skip
     result = Grouped(anchor="a", races=(Race(figures={NAME: figures}, open_seconds={}, failed={}),))
     assert read_peaks(result) == Peaks(
         flops=4.0,
         read=8.0,
         copy=2.0,
+        rows=6.0,
         by={"flops": "numpy", "read": "libc"},
-        range={"flops": (3.0, 5.0), "read": (7.0, 9.0), "copy": (2.0, 3.0)},
+        range={"flops": (3.0, 5.0), "read": (7.0, 9.0), "copy": (2.0, 3.0), "rows": (5.0, 7.0)},
     )
     assert read_peaks(Grouped(anchor="a", races=())) is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +16,19 @@ from PIL import Image
 
 from trimvlm.backends import Backend
 from trimvlm.bundle import Bundle
+from trimvlm.schedule import Schedule
 from trimvlm.session import Session
 from trimvlm_tools.bench.choice import Member, members
 from trimvlm_tools.bench.geometry import find_geometry
 from trimvlm_tools.bench.harness import Contender
+from trimvlm_tools.bench.operators import BETWEEN
 from trimvlm_tools.bench.peers.environment import PeerError
 from trimvlm_tools.bench.plots import draw
 from trimvlm_tools.bench.prepare import Made, Plan
 from trimvlm_tools.bench.report import Report, as_data
+from trimvlm_tools.bench.roofline import weight_values
 from trimvlm_tools.bench.run_geometry import bench_geometry
+from trimvlm_tools.bench.size import bundle_size
 from trimvlm_tools.bench.tables import as_text
 from trimvlm_tools.cli import main
 
@@ -70,6 +75,7 @@ def run(tmp_path_factory) -> Iterator[tuple[Report, Path]]:
             threads=1,
             runs=1,
             processes=2,
+            operators=("dense", "vtw"),
         )
     yield report, cache
 
@@ -101,6 +107,47 @@ def test_every_contender_is_measured_and_peers_agree(run):
     assert set(point.samples) == {"dense", "vtw", "copycat", "machine"}
     assert set(report.answers.samples) == {"dense", "copycat"}
     assert point.peaks and point.peaks.flops > 1e9 and point.peaks.read > 1e8
+
+
+def test_operators_are_all_the_work_of_a_run(run):
+    """A token multiplies one row with every matrix."""
+    report, cache = run
+    (point,) = report.points
+    assert list(point.operators) == ["dense", "vtw"]
+    profiles = Bundle(cache / "bundles" / "tiny")
+    for name, found in point.operators.items():
+        profile = profiles.profile(f"{name}-32")
+        values = weight_values(Schedule.resolve(profile, profile.model))
+        products = [each for each in found.token if each.bytes]
+        assert [each.name for each in products] == ["Gemm"]
+        assert products[0].flops == 2 * values and products[0].bytes == 4 * values
+        (attention,) = (each for each in found.token if each.name == "Attention")
+        assert attention.nodes == 4 and attention.flops == 0
+        for operators in (found.prefill, found.token):
+            assert operators[-1].name == BETWEEN and all(each.seconds > 0 for each in operators)
+    assert "a prefill" in as_text(report) and "between nodes" in as_text(report)
+
+
+def test_what_a_build_adds_is_not_counted_as_the_bundle(run, tmp_path):
+    _, cache = run
+    copied = tmp_path / "bundle"
+    shutil.copytree(cache / "bundles" / "tiny", copied)
+    before = bundle_size(Bundle(copied), cache / "checkpoints" / "tiny")
+    assert main(["build", str(copied), "--target", "ort-cpu-int8", "--profile", "dense"]) == 0
+    after = bundle_size(Bundle(copied), cache / "checkpoints" / "tiny")
+    added = sum(file.bytes for file in Bundle(copied).manifest.files.values()) - before.bundle
+    manifest = (copied / "manifest.json").stat().st_size
+    assert added > 5000 and after.bundle - before.bundle < manifest
+
+
+def test_operators_of_what_does_not_run_are_refused(capsys):
+    command = ["bench", "--geometry", "tiny", "--operators"]
+    assert main([*command, "spider-25"]) == 2
+    assert "'spider-25' does not run" in capsys.readouterr().err
+    assert main([*command, "fastv", "--profiles", "vtw"]) == 2
+    assert "choose from dense, vtw" in capsys.readouterr().err
+    assert main(["bench", "bundle", "--operators", "dense"]) == 2
+    assert "goes with --geometry only" in capsys.readouterr().err
 
 
 def test_the_report_is_whole_as_text_as_json_and_as_plots(run, tmp_path):

@@ -32,7 +32,7 @@ TINY = Geometry(
 )  # fmt: skip
 CLIP = Tower(layers=24, patches=576, cls=True, features=(23,), width=1024)
 TILES = Tower(layers=26, patches=729, cls=False, features=(26,), width=1152, views=2)
-PEAKS = Peaks(flops=4e11, read=4e10, copy=2e10, by={}, range={})
+PEAKS = Peaks(flops=4e11, read=4e10, copy=2e10, rows=3e10, by={}, range={})
 
 
 @pytest.mark.parametrize("geometry", [*GEOMETRIES.values(), TINY], ids=lambda geometry: geometry.name)

@@ -163,8 +163,13 @@ class _Process:
             return f"not a reply: {line.strip()[:200]!r}"
         code = self.process.wait()
         self.errors.seek(0)
-        words = self.errors.read().decode(errors="replace").strip().splitlines()
-        return f"exit code {code}: {words[-1] if words else 'no message'}"
+        return last_words(self.errors.read().decode(errors="replace"), code)
+
+
+def last_words(errors: str, code: int) -> str:
+    """Why a process ended, from what it printed to stderr."""
+    words = errors.strip().splitlines()
+    return f"exit code {code}: {words[-1] if words else 'no message'}"
 
 
 def race(

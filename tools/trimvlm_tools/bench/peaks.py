@@ -21,6 +21,7 @@ class Peaks(Value, frozen=True, kw_only=True):
     Attributes:
         flops: FLOP/s of a float32 matrix product of 2048 x 2048 matrices.
         read, copy: bytes/s of reading 1 GiB, and of reading and writing it.
+        rows: bytes/s of weights in ONNX Runtime's products of one row, large matrices and nothing else.
         by: what reached `flops` and `read`.
         range: least and greatest value of each over the rounds.
     """
@@ -28,6 +29,7 @@ class Peaks(Value, frozen=True, kw_only=True):
     flops: float
     read: float
     copy: float
+    rows: float
     by: dict[str, str]
     range: dict[str, tuple[float, float]]
 
@@ -48,9 +50,9 @@ def read_peaks(result: Grouped) -> Peaks | None:
     def most(kind: str) -> str:
         return max((name for name in spreads if name.startswith(kind)), key=lambda name: spreads[name].median)
 
-    found = {"flops": most("flops_"), "read": most("read_"), "copy": "copy"}
+    found = {"flops": most("flops_"), "read": most("read_"), "copy": "copy", "rows": "rows_onnxruntime"}
     return Peaks(
         **{kind: spreads[name].median for kind, name in found.items()},
-        by={kind: name.partition("_")[2] for kind, name in found.items() if kind != "copy"},
+        by={kind: name.partition("_")[2] for kind, name in found.items() if kind in ("flops", "read")},
         range={kind: (spreads[name].min, spreads[name].max) for kind, name in found.items()},
     )

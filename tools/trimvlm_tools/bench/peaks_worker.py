@@ -2,8 +2,8 @@
 
 Each `run` takes the best of a few passes: FLOP/s of a large float32 matrix product, by ONNX Runtime and by
 numpy; bytes/s of reading memory, by the C library's search for a byte and by numpy's largest value; bytes/s
-of a copy, read and written bytes together. All with the given number of threads. Speaks the protocol of
-`worker.py`.
+of a copy, read and written bytes together; bytes/s of weights that ONNX Runtime reads in float32 products of
+one row, in a graph of nothing else. All with the given number of threads. Speaks the protocol of `worker.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,15 @@ def serve(spec: dict[str, Any], commands: Any, replies: Any) -> None:
     a, b = np.random.default_rng(0).standard_normal((2, spec["side"], spec["side"]), dtype=np.float32)
     source, target = np.ones(spec["bytes"], np.uint8), np.ones(spec["bytes"], np.uint8)
     flops = 2 * spec["side"] ** 3
-    onnx_product = onnxruntime_product(a, b, threads)
+    onnx_product = onnxruntime_products(a, [b], threads)
+    # Products of one row as a decoder has them, a feed forward network's; as many as make the bytes to read.
+    wide = 4 * spec["side"]
+    pairs = max(1, spec["bytes"] // (8 * spec["side"] * wide))
+    up, down = (
+        np.full((spec["side"], wide), 1e-3, np.float32),
+        np.full((wide, spec["side"]), 1e-3, np.float32),
+    )
+    rows = onnxruntime_products(a[:1], [up, down] * pairs, threads)
     say(replies, {"ready": os.getpid(), "open_seconds": time.perf_counter() - started})
     with ThreadPoolExecutor(threads) as pool:
 
@@ -46,6 +55,7 @@ def serve(spec: dict[str, Any], commands: Any, replies: Any) -> None:
             "flops_onnxruntime": (flops, onnx_product),
             "flops_numpy": (flops, lambda: a @ b),
             "read_numpy": (spec["bytes"], everywhere(lambda piece, _: piece.view(np.int64).max())),
+            "rows_onnxruntime": (pairs * (up.nbytes + down.nbytes), rows),
             "copy": (2 * spec["bytes"], everywhere(lambda piece, to: np.copyto(to, piece))),
         }
         if search := find_byte():
@@ -72,15 +82,23 @@ def best(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def onnxruntime_product(a: Any, b: Any, threads: int) -> Callable[[], object]:
-    """`a @ b` by ONNX Runtime, b a weight of the graph."""
+def onnxruntime_products(x: Any, weights: Sequence[Any], threads: int) -> Callable[[], object]:
+    """`x @ w1 @ w2 ...` by ONNX Runtime. Every kernel has its own copy of its weight."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, a.shape)
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, a.shape)
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    graph = helper.make_graph([node], "product", [x], [y], [numpy_helper.from_array(b, "w")])
+    names = [f"x{number}" for number in range(len(weights) + 1)]
+    nodes = [
+        helper.make_node("MatMul", [before, f"w{id(weight)}"], [after])
+        for (before, after), weight in zip(pairwise(names), weights, strict=True)
+    ]
+    given = [helper.make_tensor_value_info(names[0], TensorProto.FLOAT, x.shape)]
+    made = [helper.make_tensor_value_info(names[-1], TensorProto.FLOAT, (len(x), weights[-1].shape[1]))]
+    kept = [
+        numpy_helper.from_array(each, f"w{id(each)}")
+        for each in {id(each): each for each in weights}.values()
+    ]
+    graph = helper.make_graph(nodes, "products", given, made, kept)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -88,8 +106,8 @@ def onnxruntime_product(a: Any, b: Any, threads: int) -> Callable[[], object]:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    feeds = {"x": onnxruntime.OrtValue.ortvalue_from_numpy(a)}
-    return lambda: session.run_with_ort_values(["y"], feeds)
+    feeds = {names[0]: onnxruntime.OrtValue.ortvalue_from_numpy(x)}
+    return lambda: session.run_with_ort_values(names[-1:], feeds)
 
 
 def find_byte() -> Callable[[int, int, int], object] | None:

@@ -17,7 +17,8 @@ from trimvlm_tools.bench.bundles import TARGETS
 from trimvlm_tools.bench.decisions import DENSE
 from trimvlm_tools.bench.decoding import DecoderFigures, agreement, own_figures, peer_figures
 from trimvlm_tools.bench.groups import Samples, race_in_groups
-from trimvlm_tools.bench.harness import Contender, own_contender
+from trimvlm_tools.bench.harness import Contender, ContenderError, own_contender
+from trimvlm_tools.bench.operators import Profiled, profile_decoder
 from trimvlm_tools.bench.peaks import Peaks, peaks_contender, read_peaks
 from trimvlm_tools.bench.peers.environment import Decoding, PeerError, peer_contender
 from trimvlm_tools.bench.prompt_rows import Point, decoder_rows, embedding_rows, image_part, prompt_ids
@@ -31,6 +32,7 @@ class PointFigures(Value, frozen=True, kw_only=True):
         peaks: of the machine, measured in the same rounds; None: that failed.
         samples: of each contender and of the machine, what the figures are medians of.
         failed: contenders that failed, with their error.
+        operators: of those of ours that were asked for, where their time goes.
     """
 
     point: Point
@@ -38,6 +40,7 @@ class PointFigures(Value, frozen=True, kw_only=True):
     contenders: tuple[DecoderFigures, ...]
     samples: dict[str, tuple[Samples, ...]]
     failed: dict[str, str]
+    operators: dict[str, Profiled] = {}
 
     def of(self, kind: str) -> list[DecoderFigures]:
         """Only `own` or `peer`."""
@@ -45,7 +48,11 @@ class PointFigures(Value, frozen=True, kw_only=True):
 
 
 class Setting(Value, frozen=True, kw_only=True):
-    """What holds for all points of one geometry."""
+    """What holds for all points of one geometry.
+
+    Attributes:
+        operators: methods whose decoders are profiled operator by operator.
+    """
 
     checkpoint: Path
     bundle: Path
@@ -58,6 +65,7 @@ class Setting(Value, frozen=True, kw_only=True):
     runs: int
     processes: int
     seed: int
+    operators: tuple[str, ...] = ()
 
 
 def measure_point(
@@ -107,6 +115,13 @@ def measure_point(
             failed[each.name] = _differs(found.tokens, found.logits)
             continue
         figures.append(peer_figures(result, each.name, schedules[DENSE], point, **terms, agreement=found))
+    operators: dict[str, Profiled] = {}
+    for name in (name for name in setting.operators if name in schedules):
+        try:
+            operators[name] = profile_decoder(work / f"{name}.json", value_bytes)
+        except ContenderError as error:
+            failed[f"{name}, its operators"] = str(error)
+        advance(f"{name}, its operators")
     measured = [*(each.name for each in figures), machine_peaks.NAME]
     return PointFigures(
         point=point,
@@ -114,6 +129,7 @@ def measure_point(
         contenders=tuple(figures),
         samples={name: result.samples(name) for name in measured},
         failed=failed,
+        operators=operators,
     )
 
 
@@ -176,7 +192,7 @@ def _needs(
     scores = 4 * model.heads * rows * rows + 4 * rows * (3 * model.ffn + model.vocab)
     each = round(1.5 * weights + 2 * caches + scores + 0.5e9)
     needs = {contender.name: each for contender in contenders}
-    return needs | {machine_peaks.NAME: 3 << 30}
+    return needs | {machine_peaks.NAME: 4 << 30}
 
 
 def _differs(tokens: int, logits: float | None) -> str:

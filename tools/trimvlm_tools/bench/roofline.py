@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import msgspec
 
-from trimvlm.accounting import kv_bytes_per_layer, left_out, mac2, selection_flops
+from trimvlm.accounting import hidden_pairs, kv_bytes_per_layer, left_out, mac2, selection_flops
 from trimvlm.profile import ModelSpec
 from trimvlm.schedule import Row, Schedule
 from trimvlm.value import Value
@@ -40,9 +40,12 @@ def prefill_work(schedule: Schedule, text: int, value_bytes: float) -> Work:
     """
     model = schedule.model
     layers = [
-        layers_flops + ranking
-        for layers_flops, ranking in zip(
-            _per_layer(mac2, schedule, text), _per_layer(selection_flops, schedule, text), strict=True
+        layers_flops + ranking - hidden
+        for layers_flops, ranking, hidden in zip(
+            _per_layer(mac2, schedule, text),
+            _per_layer(selection_flops, schedule, text),
+            hidden_pairs(schedule),
+            strict=True,
         )
     ]
     layers[-1] -= left_out(schedule, text)

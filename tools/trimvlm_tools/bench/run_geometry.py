@@ -32,6 +32,7 @@ def bench_geometry(
     threads: int,
     runs: int,
     processes: int,
+    operators: Sequence[str] = (),
 ) -> Report:
     """Measures the decoder at every point, answers, memory and size of a geometry.
 
@@ -39,6 +40,7 @@ def bench_geometry(
         text: text rows of the points, each with every number of visual rows; empty: as the geometry has them.
         runs: counted rounds of each process.
         processes: of each contender, one after another.
+        operators: methods whose decoders are profiled operator by operator after their race.
 
     Raises:
         UserError: an unknown method or peer, before anything is made; dense failed.
@@ -57,6 +59,7 @@ def bench_geometry(
         runs=runs,
         processes=processes,
         seed=geometry.seed,
+        operators=tuple(operators),
     )
     texts = text or (geometry.text,)
     busy, started, own = Busy(), perf_counter(), _children_seconds()

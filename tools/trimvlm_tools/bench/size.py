@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from trimvlm.bundle import MANIFEST, Bundle
+from trimvlm.bundle import MANIFEST, Bundle, Manifest
 from trimvlm.value import Value
 
 _VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -15,7 +15,7 @@ class Size(Value, frozen=True, kw_only=True):
     """Bytes on disk.
 
     Attributes:
-        bundle: all files of the bundle, for `profiles` profiles.
+        bundle: files of the bundle as exported, for `profiles` profiles; what builds added is not counted.
         weights: its weight files.
         per_profile: files that belong to one profile alone (decoder graphs, profile, goldens), the largest.
         checkpoint: the checkpoint's files, its tensors counted in the precision of the bundle.
@@ -36,7 +36,8 @@ class Size(Value, frozen=True, kw_only=True):
 def bundle_size(bundle: Bundle, checkpoint: Path) -> Size:
     """Measures both on disk."""
     manifest = bundle.manifest
-    sizes = {name: file.bytes for name, file in manifest.files.items()}
+    built = _built(manifest)
+    sizes = {name: file.bytes for name, file in manifest.files.items() if name not in built}
     sizes[MANIFEST] = (bundle.directory / MANIFEST).stat().st_size
     own = [
         sum(sizes[name] for name in {entry.profile, entry.goldens, *entry.decoders.values()} if name)
@@ -49,6 +50,19 @@ def bundle_size(bundle: Bundle, checkpoint: Path) -> Size:
         per_profile=max(own),
         checkpoint=checkpoint_bytes(checkpoint, _VALUE_BYTES[manifest.dtype]),
     )
+
+
+def _built(manifest: Manifest) -> set[str]:
+    """Files that are there for engines alone: plans, graphs and quantised weights."""
+    made: set[str] = set()
+    exported = set(manifest.weights)
+    for entry in manifest.profiles.values():
+        exported.update(each for each in (entry.vision, entry.projector, entry.router) if each)
+        exported.update(entry.decoders.values())
+        for engine in entry.engines.values():
+            made.update(engine.graphs.values())
+            made.update(file for options in engine.options.values() for file in options.get("weights", {}))
+    return made - exported
 
 
 def checkpoint_bytes(checkpoint: Path, value_bytes: int) -> int:

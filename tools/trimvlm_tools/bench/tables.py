@@ -5,6 +5,7 @@ from __future__ import annotations
 from trimvlm_tools.bench.answers import Answers
 from trimvlm_tools.bench.decoding import DecoderFigures
 from trimvlm_tools.bench.harness import Spread
+from trimvlm_tools.bench.operators import Profiled
 from trimvlm_tools.bench.peaks import Peaks
 from trimvlm_tools.bench.points import PointFigures
 from trimvlm_tools.bench.report import Report
@@ -13,12 +14,15 @@ from trimvlm_tools.bench.size import Size
 from trimvlm_tools.bench.stages import Steps
 from trimvlm_tools.console import table
 
+_LEAST_SHARE = 0.005  # of a run: smaller operators are left out
+
 
 def as_text(report: Report) -> str:
     """The whole report."""
     parts = [_machine(report)]
     for each in report.points:
         parts += [_point(each), _resources(each)]
+        parts += [_operators(each, name, found) for name, found in each.operators.items()]
     if report.peers:
         parts.append(_terms(report))
     if report.answers:
@@ -105,6 +109,28 @@ def _resources(figures: PointFigures) -> str:
     return table(header, rows)
 
 
+def _operators(point: PointFigures, name: str, found: Profiled) -> str:
+    """Where a decoder's time goes, in a prefill and in a token."""
+    head, parts = ("operator", "nodes", "ms", "%", "GFLOP/s", "GB/s"), []
+    for what, operators in (("a prefill", found.prefill), ("a token", found.token)):
+        whole = sum(each.seconds for each in operators)
+        rows = [
+            (
+                each.name,
+                each.nodes,
+                round(1000 * each.seconds, 2),
+                round(100 * each.seconds / whole, 1),
+                (each.flops and round(each.flops / each.seconds / 1e9, 1)) or None,
+                (each.bytes and round(each.bytes / each.seconds / 1e9, 1)) or None,
+            )
+            for each in operators
+            if each.seconds >= whole * _LEAST_SHARE
+        ]
+        title = f"{name}, {point.point.name}: {what}, {1000 * whole:.1f} ms with the profiler on"
+        parts.append(f"{title}\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
 def _terms(report: Report) -> str:
     rows = [
         (name, ", ".join(f"{key}: {value}" for key, value in terms.settings.items()))
@@ -122,7 +148,8 @@ def _peaks(peaks: Peaks | None) -> str:
         return "the machine's peaks were not measured"
     return (
         f"peaks {peaks.flops / 1e9:.0f} GFLOP/s ({peaks.by['flops']}), reading {peaks.read / 1e9:.1f} GB/s "
-        f"({peaks.by['read']}), copy {peaks.copy / 1e9:.1f} GB/s"
+        f"({peaks.by['read']}), copy {peaks.copy / 1e9:.1f} GB/s, ONNX Runtime's products of one row "
+        f"{peaks.rows / 1e9:.1f} GB/s"
     )
 
 

@@ -46,6 +46,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     geometry.add_argument(
         "--prepare", action="store_true", help="export and convert for this precision, run nothing"
     )
+    geometry.add_argument(
+        "--operators", nargs="+", default=[], metavar="NAME", help="also where time goes in these profiles"
+    )
     geometry.add_argument("--precision", choices=("fp32", "int4"), default="fp32", help="of the weights")
     answer = parser.add_argument_group("with BUNDLE")
     answer.add_argument(
@@ -86,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from trimvlm_tools.bench.decisions import DENSE, METHODS, QUARTER
+
     if (args.bundle is None) == (args.geometry is None):
         raise UserError("give either BUNDLE or --geometry NAME")
     for name in ("runs", "processes", "threads", "tokens", "new_tokens"):
@@ -95,9 +100,12 @@ def _check(args: argparse.Namespace) -> None:
         if small := [value for value in getattr(args, name) if value < least]:
             raise UserError(f"--{name}: {small[0]} rows are too few; give at least {least}")
     if args.bundle is not None:
-        for name in ("against", "plot", "prepare"):
+        for name in ("against", "operators", "plot", "prepare"):
             if getattr(args, name):
                 raise UserError(f"--{name}: goes with --geometry only")
+    known = {DENSE, *args.profiles} if args.profiles else {*METHODS} - {*QUARTER}
+    if unknown := [name for name in args.operators if name not in known]:
+        raise UserError(f"--operators: {unknown[0]!r} does not run; choose from {', '.join(sorted(known))}")
 
 
 def _geometry(args: argparse.Namespace):
@@ -112,6 +120,7 @@ def _geometry(args: argparse.Namespace):
         threads=args.threads,
         runs=args.runs,
         processes=args.processes,
+        operators=args.operators,
     )
 
 
