@@ -13,6 +13,7 @@ from trimvlm.backends.caches import LAYERS
 from trimvlm.bundle import DecoderGraph
 from trimvlm.schedule import Schedule
 from trimvlm_export.decoder import Decoder
+from trimvlm_export.passes.causal import attend_in_pieces
 from trimvlm_export.passes.in_place import to_in_place
 from trimvlm_export.passes.primitive import to_primitive
 from trimvlm_export.passes.residual import add_in_products
@@ -44,6 +45,7 @@ def export_decoder(
     if not filled:
         changed = model.clone()
         if layers := to_in_place(changed):
+            attend_in_pieces(changed, schedule, layers)
             add_in_products(changed)
             files["in_place"] = f"{name}.decoder.in_place.onnx"
             rows = {layer: schedule.rows[layer].cached for layer in layers}

@@ -7,15 +7,19 @@ Two conventions, because the papers use two (n visual rows, t text rows, d width
 * MAC2: all rows, 2 per multiply-accumulate, no causal halving, no LM head (V-Skip, SPIDER, VTW, ShortV).
 
 What ranks tokens is counted in neither; `selection_flops` and `router_flops` give it apart, in MAC2, and
-`left_out` what the exported decoder saves without changing any result.
+`left_out` and `hidden_pairs` what exported decoders save without changing any result.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 from trimvlm.profile import ModelSpec
 from trimvlm.router_spec import RouterSpec
 from trimvlm.rules import LastRowAttention, TextAttention, ValueInfluence
 from trimvlm.schedule import Row, Schedule
+
+PIECE_ROWS, MOST_PIECES = 192, 8  # of visual rows, see `attention_pieces`
 
 
 def macv(schedule: Schedule) -> int:
@@ -45,6 +49,31 @@ def left_out(schedule: Schedule, text: int) -> int:
     if row.sublayers != "attention":
         run += 3 * model.hidden * model.ffn
     return 2 * (_layer_macs(model, row, text) - run)
+
+
+def attention_pieces(schedule: Schedule, row: Row) -> int:
+    """Into how many pieces the decoder for ONNX Runtime's CPU cuts a layer's visual queries, where its cache
+    grows in place; each is given no visual keys after its own. 1: attention is one operator.
+
+    Figures are in decision 0028.
+    """
+    whole = row.attends and row.execute == "both" and row.query == row.visual_keys == "live"
+    open_softmax = row.selects_inside or (schedule.mask == "post_softmax" and row.text_keys != "live")
+    if not whole or open_softmax or row.layer == schedule.model.layers - 1:
+        return 1
+    return max(1, min(MOST_PIECES, row.live // PIECE_ROWS))
+
+
+def hidden_pairs(schedule: Schedule) -> tuple[int, ...]:
+    """FLOPs (MAC2) of each layer's attention that `attention_pieces` leaves out, for one image: scores of
+    visual rows with visual keys after their piece."""
+    model, found = schedule.model, []
+    for row in schedule.rows:
+        pieces = attention_pieces(schedule, row)
+        ends = [row.live * number // pieces for number in range(pieces + 1)]
+        pairs = sum((end - start) * (row.live - end) for start, end in pairwise(ends))
+        found.append(4 * model.heads * model.head_dim * pairs)
+    return tuple(found)
 
 
 def selection_flops(schedule: Schedule, text: int) -> int:

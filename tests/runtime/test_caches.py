@@ -11,7 +11,9 @@ import onnx
 import onnxruntime
 import pytest
 from shared_bundle import shared_bundle
+from tiny_models import tiny_bundle
 
+from trimvlm import accounting
 from trimvlm.backends import load_backend
 from trimvlm.backends.caches import LAYERS, ROOM, Kept
 from trimvlm.bundle import Bundle
@@ -19,6 +21,7 @@ from trimvlm.decoding import Decoder, prefill_inputs, step_inputs
 from trimvlm.opening import IN_PLACE_SINCE, on_cpu
 from trimvlm.profile import Decisions, LayerRule, Select
 from trimvlm.rules import LastRowAttention
+from trimvlm.schedule import Schedule
 from trimvlm.target import numbers
 from trimvlm.text import Prompt
 
@@ -91,6 +94,54 @@ def test_every_step_is_as_with_caches_made_anew(bundle: Bundle, name: str, image
         found = ours_all(step_inputs(7, end, kept))
         for each, value in theirs_all(step_inputs(7, end, wanted)).items():
             np.testing.assert_allclose(found[each], value, atol=2e-5, err_msg=each)
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same with attention in pieces of 4 visual rows."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(accounting, "PIECE_ROWS", 4)
+        return Bundle(tiny_bundle(tmp_path_factory.mktemp("cut"), DECISIONS, layers=5))
+
+
+@pytest.mark.parametrize("images", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", DECISIONS)
+def test_attention_in_pieces_is_attention(bundle: Bundle, cut: Bundle, name: str, images: int) -> None:
+    rows, visual = prompt(bundle, name, images)
+    with open_decoder(bundle, name, "fused") as whole, open_decoder(cut, name, "in_place") as pieces:
+        presents = [each for each in whole.outputs("decoder") if each.startswith("present_")]
+        runs = [Decoder(each, ["logits", *presents]) for each in (pieces, whole)]
+        ours, theirs = (run(prefill_inputs(rows, visual)) for run in runs)
+        for number in range(3):
+            for each, value in theirs.items():
+                np.testing.assert_allclose(ours[each], value, atol=2e-5, err_msg=each)
+            ours, theirs = (
+                run(step_inputs(9, rows.length + number, before))
+                for run, before in zip(runs, (ours, theirs), strict=True)
+            )
+
+
+def test_a_piece_makes_no_scores_of_later_visual_rows(cut: Bundle, tmp_path: Path) -> None:
+    """Queries and keys of every attention that ran, from ONNX Runtime's profile."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(accounting, "PIECE_ROWS", 4)
+        profile = cut.profile("dense")
+        schedule = Schedule.resolve(profile, profile.model)
+        pieces = [accounting.attention_pieces(schedule, row) for row in schedule.rows]
+        hidden = accounting.hidden_pairs(schedule)
+    backend, (rows, visual) = open_decoder(cut, "dense", "in_place"), prompt(cut, "dense", 1)
+    options = backend.options("decoder")
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    backend.options = lambda role: options
+    with backend:
+        Decoder(backend, ["logits"])(prefill_inputs(rows, visual))
+        noted = json.loads(Path(backend.sessions["decoder"].end_profiling()).read_text())
+    ran = [each["args"]["input_type_shape"] for each in noted if each["args"].get("op_name") == "Attention"]
+    sizes = [(*each[0].values(), *each[1].values()) for each in ran]
+    flops = [4 * heads * size * queries * keys[2] for (_, heads, queries, size), keys in sizes]
+    every = rows.length * 4 * profile.model.heads * profile.model.head_dim
+    assert pieces == [4, 4, 4, 4, 1] and len(flops) == sum(pieces)
+    assert sum(flops) == 4 * every * rows.length + every - sum(hidden) and min(hidden[:4]) > 0 == hidden[4]
 
 
 @pytest.mark.parametrize("name", DECISIONS)

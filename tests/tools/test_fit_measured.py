@@ -27,6 +27,7 @@ MIDDLE = msgspec.structs.replace(
 LARGE = msgspec.structs.replace(
     SMALL, name="large", hidden=1024, heads=16, kv_heads=16, head_dim=64, ffn=2816, vocab=4096, image=224
 )
+WIDE = msgspec.structs.replace(MIDDLE, name="wide", image=336)  # attention in pieces
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     from trimvlm_export.export import export
 
     made = {}
-    for geometry in (SMALL, MIDDLE, LARGE):
+    for geometry in (SMALL, MIDDLE, LARGE, WIDE):
         work = tmp_path_factory.mktemp(geometry.name)
         checkpoint = make_checkpoint(geometry, work / "checkpoint")
         name, decisions = "dense", Decisions()
@@ -56,6 +57,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
         ("middle", "fastv", 32),
         ("middle", "fastv", 200),
         ("large", "dense", 64),
+        ("wide", "dense", 32),
     ],
 )
 def test_memory_on_the_cpu_is_within_10_percent(

@@ -6,7 +6,7 @@ Shapes: R query rows, S key rows, H heads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from trimvlm_engines.fit.graph import Node, Sized, Tensor
@@ -111,14 +111,21 @@ class _Values:
         return None
 
 
-def scores_apart(node: Node, tensors: dict[str, Tensor]) -> list[int]:
+def scores_apart(node: Node, tensors: dict[str, Tensor], pieces: Mapping[int | None, int]) -> list[int]:
     """Scratch of ONNX Runtime's Attention on a CPU: mask [R, S] and scores [H, R, S] in float32, the scores
-    twice where heads share keys (measured: version 1.31)."""
+    twice where heads share keys (measured: version 1.31).
+
+    Args:
+        pieces: by layer, into how many its queries are cut (`accounting.attention_pieces`), where they are:
+            scores of the last piece alone, which sees all keys, beside its queries and the others' results.
+    """
     mask, scores = _mask_and_scores(node, tensors)
     if not scores:
         return []
-    shared = tensors[node.inputs[0]].shape[1] != tensors[node.inputs[1]].shape[1]
-    return [mask, *[scores] * (2 if shared else 1)]
+    queries, cut = tensors[node.inputs[0]], pieces.get(node.layer, 1)
+    shared = queries.shape[1] != tensors[node.inputs[1]].shape[1]
+    made = [mask // cut, *[scores // cut] * (2 if shared else 1)]
+    return made if cut == 1 else [*made, queries.bytes]
 
 
 def scores_twice(node: Node, tensors: dict[str, Tensor]) -> list[int]:

@@ -7,8 +7,11 @@ from an arena per session, which keeps what it once had; the vision session give
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from trimvlm.accounting import attention_pieces
 from trimvlm.backends.caches import KINDS, ROOM
 from trimvlm.bundle import Bundle
 from trimvlm_engines.fit import live
@@ -78,17 +81,19 @@ def memory(bundle: Bundle, subject: Subject, request: Request, value_bytes: int)
 def _arena(role: str, subject: Subject, request: Request) -> int:
     """Bytes that a session's arena comes to."""
     arena, graph = Arena(), subject.graphs[role]
+    schedule = subject.schedule
+    pieces = {row.layer: attention_pieces(schedule, row) for row in schedule.rows if decodes(role)}
     apart = {f"present_{kind}.{layer}" for kind in KINDS for layer in subject.in_place if decodes(role)}
 
-    def run(shapes: dict[str, Shape]) -> dict[str, Any]:
-        sized = graph.sized(shapes)
-        return live.run(sized, graph.outputs, arena, live.scores_apart, outside=apart.__contains__)
+    def run(shapes: dict[str, Shape], cut: Mapping[int | None, int]) -> dict[str, Any]:
+        sized, scratch = graph.sized(shapes), partial(live.scores_apart, pieces=cut)
+        return live.run(sized, graph.outputs, arena, scratch, outside=apart.__contains__)
 
-    kept = run(subject.first(role, request))
+    kept = run(subject.first(role, request), {layer: pieces[layer] for layer in subject.in_place & {*pieces}})
     for number in _steps(request.new_tokens) if decodes(role) else ():
         for name in [name for name in kept if not name.startswith("present_")]:
             arena.give(kept.pop(name))
-        after = run(subject.step(request, number))
+        after = run(subject.step(request, number), {})
         for chunk in kept.values():
             arena.give(chunk)
         kept = after

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -99,12 +100,10 @@ class OnnxRuntimeBackend:
         self.in_place: dict[str, InPlace] = {}  # the decoder, where its caches grow in place
 
     def __enter__(self) -> OnnxRuntimeBackend:
-        try:
-            for role, path in self.files.items():
-                self.sessions[role] = self._load(role, path)
-        except BaseException:
-            self.sessions.clear()
-            raise
+        # Together: opening is copying weights into the kernels' layout, which one thread does per graph.
+        with ThreadPoolExecutor() as pool:
+            loading = {role: pool.submit(self._load, role, path) for role, path in self.files.items()}
+        self.sessions = {role: each.result() for role, each in loading.items()}
         for role, session in self.sessions.items():
             inputs = {node.name: _port(node) for node in session.get_inputs()}
             outputs = {node.name: _port(node) for node in session.get_outputs()}

@@ -1,0 +1,161 @@
+"""Attention that leaves out what causality hides: for ONNX Runtime's CPU kernel, which computes all pairs.
+
+Visual rows are in the order of their positions, so an early one sees no later one. In a prompt their queries
+are cut into pieces, and each is given the visual keys up to its own end and all text keys: of many pieces
+half the scores of visual rows with each other are never made, and only one piece's are in memory. The last
+piece, text rows included, reads the whole cache. An `If` leaves the tokens after the prompt one attention.
+
+Shapes: R rows of the stream, N visual ones among them (the first), P past rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from trimvlm.accounting import attention_pieces
+from trimvlm.schedule import Schedule
+
+END = np.iinfo(np.int64).max
+
+
+def attend_in_pieces(model: ir.Model, schedule: Schedule, layers: tuple[int, ...]) -> int:
+    """Cuts up attention in place, in those of the `layers` whose caches grow in place that have enough rows.
+
+    Returns:
+        The number of layers that changed.
+    """
+    made = [layer for layer in layers if attention_pieces(schedule, schedule.rows[layer]) > 1]
+    if made:
+        pieces = _Pieces(model.graph, schedule)
+        for layer in made:
+            pieces.cut(layer)
+        model.graph.sort()
+    return len(made)
+
+
+class _Pieces:
+    """What pieces of several layers share: numbers, places of the cuts, pieces of masks."""
+
+    def __init__(self, graph: ir.Graph, schedule: Schedule) -> None:
+        self.graph, self.schedule = graph, schedule
+        self.inputs = {str(value.name): value for value in graph.inputs}
+        self.outputs = {str(value.name): value for value in graph.outputs}
+        self.numbers: dict[int, ir.Value] = {}
+        self.cuts: dict[int, list[ir.Value]] = {}
+        self.masks: dict[tuple[ir.Value, int], tuple[ir.Value, list[ir.Value]]] = {}
+
+    def cut(self, layer: int) -> None:
+        """Replaces the attention of a layer."""
+        row = self.schedule.rows[layer]
+        keys, values = (self._present(kind, layer) for kind in ("key", "value"))
+        (attention,) = (use.node for use in keys.uses() if use.node.op_type == "Attention")
+        queries, _, _, mask = attention.inputs[:4]
+        assert queries is not None and mask is not None
+        tape = Tape()
+        cuts = self.cuts.get(row.live) or self._cuts(tape, row.live, attention_pieces(self.schedule, row))
+        there, masks = self.masks.get((mask, row.live)) or self._masks(tape, mask, row.live, cuts)
+        branches = {
+            "then_branch": _graph(f"pieces.{layer}", self._in_pieces(attention, (keys, values), cuts, masks)),
+            "else_branch": _graph(f"whole.{layer}", [_again(attention)]),
+        }
+        old = attention.outputs[0]
+        result = tape.op("If", [there], branches)
+        result.type, result.shape = old.type, old.shape
+        ir.convenience.replace_nodes_and_values(
+            self.graph, attention, [attention], list(tape.nodes), [old], [result]
+        )
+
+    def _present(self, kind: str, layer: int) -> ir.Value:
+        return self.outputs[f"present_{kind}.{layer}"]
+
+    def _number(self, value: int) -> ir.Value:
+        """int64 [1], an initializer of the graph."""
+        if value not in self.numbers:
+            made = ir.Value(
+                name=f"causal.{value}",
+                type=ir.TensorType(ir.DataType.INT64),
+                shape=ir.Shape([1]),
+                const_value=ir.tensor(np.array([value]), name=f"causal.{value}"),
+            )
+            self.graph.register_initializer(made)
+            self.numbers[value] = made
+        return self.numbers[value]
+
+    def _cuts(self, tape: Tape, live: int, pieces: int) -> list[ir.Value]:
+        """Where each piece ends among the visual rows, int64 [1] each; the last is N."""
+        rows = tape.op("Shape", [self.inputs["visual"]], {"start": 0, "end": 1})
+        if live != self.schedule.visual_tokens:  # images times those that are left of each
+            images = tape.op("Div", [rows, self._number(self.schedule.visual_tokens)])
+            rows = tape.op("Mul", [images, self._number(live)])
+        made = [
+            tape.op("Div", [tape.op("Mul", [rows, self._number(number)]), self._number(pieces)])
+            for number in range(1, pieces)
+        ]
+        self.cuts[live] = [*made, rows]
+        return self.cuts[live]
+
+    def _masks(
+        self, tape: Tape, mask: ir.Value, live: int, cuts: list[ir.Value]
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        """Whether there are visual rows and no past; the mask of each piece."""
+        padded = mask.producer()
+        assert padded is not None and padded.op_type == "Pad"
+        plain = padded.inputs[0]
+        assert plain is not None
+        made, start, count = [], self._number(0), cuts[-1]
+        for end in cuts[:-1]:
+            rows = self._slice(tape, plain, start, end, 0)
+            seen = self._slice(tape, rows, self._number(0), end, 1)
+            text = self._slice(tape, rows, count, self._number(END), 1)
+            made.append(tape.op("Concat", [seen, text], {"axis": 1}))
+            start = end
+        made.append(self._slice(tape, mask, start, self._number(END), 0))
+        rows, keys = (tape.op("Shape", [plain], {"start": axis, "end": axis + 1}) for axis in (0, 1))
+        there = tape.op("And", [tape.op("Greater", [count, self._number(0)]), tape.op("Equal", [rows, keys])])
+        self.masks[mask, live] = tape.op("Squeeze", [there]), made
+        return self.masks[mask, live]
+
+    def _in_pieces(
+        self,
+        attention: ir.Node,
+        caches: tuple[ir.Value, ir.Value],
+        cuts: list[ir.Value],
+        masks: list[ir.Value],
+    ) -> list[ir.Node]:
+        tape, end = Tape(), self._number(END)
+        new = [scatter.inputs[1] for cache in caches if (scatter := cache.producer())]
+        assert len(new) == 2 and new[0] is not None and new[1] is not None
+        queries = attention.inputs[0]
+        assert queries is not None
+        text = [self._slice(tape, each, cuts[-1], end, 2) for each in new if each is not None]
+        made, start = [], self._number(0)
+        for number, mask in enumerate(masks):
+            stop = cuts[number] if number < len(masks) - 1 else end
+            query = self._slice(tape, queries, start, stop, 2)
+            shown = list(caches)
+            if number < len(masks) - 1:
+                shown = [
+                    tape.op("Concat", [self._slice(tape, each, self._number(0), stop, 2), rest], {"axis": 2})
+                    for each, rest in zip(new, text, strict=True)
+                    if each is not None
+                ]
+            made.append(tape.op("Attention", [query, *shown, mask], attention.attributes))
+            start = stop
+        tape.op("Concat", made, {"axis": 2})
+        return list(tape.nodes)
+
+    def _slice(self, tape: Tape, value: ir.Value, start: ir.Value, stop: ir.Value, axis: int) -> ir.Value:
+        return tape.op("Slice", [value, start, stop, self._number(axis)])
+
+
+def _again(node: ir.Node) -> ir.Node:
+    return ir.node(node.op_type, node.inputs, attributes=node.attributes)
+
+
+def _graph(name: str, nodes: list[ir.Node]) -> ir.Graph:
+    """A branch. Its values have names of their own: it sees the values outside by theirs."""
+    for number, node in enumerate(nodes):
+        node.name = node.outputs[0].name = f"{name}.{number}"
+    return ir.Graph([], [nodes[-1].outputs[0]], nodes=nodes, name=name)
