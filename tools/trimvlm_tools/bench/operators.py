@@ -81,8 +81,10 @@ def summed(
     for each in events:
         if each.get("cat") != "Node" or not each["name"].endswith("_kernel_time"):
             continue
-        if any(start <= each["ts"] < end for start, end in wanted):
-            name = each["args"]["op_name"]
+        name = each["args"]["op_name"]
+        if name != "If" and any(
+            start <= each["ts"] < end for start, end in wanted
+        ):  # its nodes are listed too
             nodes.setdefault(name, []).append((each["dur"], *_product(name, each["args"])))
     found = [
         Operator(
