@@ -89,7 +89,7 @@ def measure_point(
     always = [ours[0], peaks_contender(work, threads=setting.threads)]
     save = {each.name: work / f"{each.name}.outputs.npz" for each in (ours[0], *theirs)}
     value_bytes = weight_bytes(setting, profiles[DENSE])
-    needs = _needs([*always, *ours[1:], *theirs], schedules[DENSE], point, value_bytes)
+    needs = _needs(ours, theirs, schedules[DENSE], point, value_bytes)
     result = race_in_groups(
         [*ours[1:], *theirs],
         always=always,
@@ -183,15 +183,21 @@ def _peers(setting: Setting, point: Point, work: Path) -> tuple[list[Contender],
 
 
 def _needs(
-    contenders: Sequence[Contender], dense: Schedule, point: Point, value_bytes: float
+    ours: Sequence[Contender],
+    theirs: Sequence[Contender],
+    dense: Schedule,
+    point: Point,
+    value_bytes: float,
 ) -> dict[str, int]:
-    """Memory that each may take, generously: 1.5 times the weights, caches twice, a layer's scores."""
+    """Memory that each may take, generously: the weights (1.1 times, a peer 1.5 times), caches twice, a layer's
+    scores. What is mapped besides can be dropped."""
     model, rows = dense.model, point.visual + point.text + point.new_tokens
     weights = value_bytes * weight_values(dense) + 4 * model.hidden * model.vocab
     caches = 8 * model.layers * model.kv_heads * model.head_dim * rows
     scores = 4 * model.heads * rows * rows + 4 * rows * (3 * model.ffn + model.vocab)
-    each = round(1.5 * weights + 2 * caches + scores + 0.5e9)
-    needs = {contender.name: each for contender in contenders}
+    rest = 2 * caches + scores + 0.5e9
+    needs = {each.name: round(1.1 * weights + rest) for each in ours}
+    needs |= {each.name: round(1.5 * weights + rest) for each in theirs}
     return needs | {machine_peaks.NAME: 4 << 30}
 
 
