@@ -12,6 +12,12 @@ from trimvlm.target import Target, Tested, Weights
 
 SHIPPED = Path(__file__).parent / "targets"
 DEFAULT = "ort-cpu"
+QUANTIZED = {  # what may follow `-int` after a shipped target's name
+    "4": Weights(bits=4),
+    "8": Weights(bits=8),
+    "4a8": Weights(bits=4, activations="int8"),
+    "8a8": Weights(bits=8, activations="int8"),
+}
 
 
 def load(name_or_path: str | Path) -> Target:
@@ -24,9 +30,9 @@ def load(name_or_path: str | Path) -> Target:
     if text.endswith((".yaml", ".yml")):
         return parse(Path(text))
     names = _names()
-    name, _, bits = text.rpartition("-int")
-    if name in names and text not in names and bits in ("4", "8"):
-        return quantized(parse(SHIPPED / f"{name}.yaml"), Weights(bits=4 if bits == "4" else 8))
+    name, _, kind = text.rpartition("-int")
+    if name in names and text not in names and kind in QUANTIZED:
+        return quantized(parse(SHIPPED / f"{name}.yaml"), QUANTIZED[kind])
     if text not in names:
         near = difflib.get_close_matches(text, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -38,9 +44,8 @@ def load(name_or_path: str | Path) -> Target:
 
 def quantized(target: Target, weights: Weights) -> Target:
     """The same device with quantised weights. What was done on it was done without."""
-    return msgspec.structs.replace(
-        target, name=f"{target.name}-int{weights.bits}", weights=weights, tested=Tested()
-    )
+    kind = f"{weights.bits}{'a8' if weights.activations == 'int8' else ''}"
+    return msgspec.structs.replace(target, name=f"{target.name}-int{kind}", weights=weights, tested=Tested())
 
 
 def shipped() -> list[Target]:

@@ -151,6 +151,17 @@ def test_rows_that_are_no_whole_blocks(bundle: Path) -> None:
         build(bundle, target, "dense")
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_name_for_activations_in_int8(bits: int) -> None:
+    target = targets.load(f"ort-cpu-int{bits}a8")
+    assert target.name == f"ort-cpu-int{bits}a8"
+    assert target.weights == Weights(bits=bits, activations="int8")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="only ONNX Runtime rounds them to int8"):
+        targets.load(f"rtx-4090-int{bits}a8")
+    with pytest.raises(UserError, match="no target 'ort-cpu-int2a8'"):
+        targets.load("ort-cpu-int2a8")
+
+
 def test_activations_in_int8(bundle: Path, data: Path, tmp_path: Path) -> None:
     """A target of one's own. Random weights make near ties of the next token: tokens are not gated."""
     said = yaml.safe_load((targets.SHIPPED / "ort-cpu.yaml").read_text())
