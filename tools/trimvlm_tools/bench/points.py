@@ -189,8 +189,8 @@ def _needs(
     point: Point,
     value_bytes: float,
 ) -> dict[str, int]:
-    """Memory that each may take, generously: the weights (1.1 times, a peer 1.5 times), caches twice, a layer's
-    scores. What is mapped besides can be dropped."""
+    """Memory that each may take, generously: weights (1.1 times, a peer 1.5 times), caches twice, scores of
+    a layer. What is mapped besides can be dropped."""
     model, rows = dense.model, point.visual + point.text + point.new_tokens
     weights = value_bytes * weight_values(dense) + 4 * model.hidden * model.vocab
     caches = 8 * model.layers * model.kv_heads * model.head_dim * rows
