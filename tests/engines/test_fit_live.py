@@ -98,7 +98,8 @@ def test_scores_are_of_every_head_and_twice_where_heads_share_keys() -> None:
         return {"q": Tensor((1, 4, 10, 8), 4), "k": Tensor((1, groups, 30, 8), 4)}
 
     node = Node("Attention", ("q", "k", "k", "m"), ("y",), 0, 0)
-    assert live.scores_apart(node, shapes(4)) == [4 * 10 * 30, 4 * 4 * 10 * 30]
-    assert live.scores_apart(node, shapes(2)) == [4 * 10 * 30, 4 * 4 * 10 * 30, 4 * 4 * 10 * 30]
+    assert live.scores_apart(node, shapes(4), {}) == [4 * 10 * 30, 4 * 4 * 10 * 30]
+    assert live.scores_apart(node, shapes(2), {}) == [4 * 10 * 30, 4 * 4 * 10 * 30, 4 * 4 * 10 * 30]
     assert live.scores_twice(node, shapes(2)) == [4800, 4800]
-    assert live.scores_apart(node._replace(op="MatMul"), shapes(4)) == []
+    assert live.scores_apart(node, shapes(4), {0: 2}) == [600, 2400, 1280], "half of them, and the queries"
+    assert live.scores_apart(node._replace(op="MatMul"), shapes(4), {}) == []
