@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -259,10 +258,6 @@ def _figures(
         "prefill_reached": _reached(first, prefill.median, peaks),
         "decode_reached": _reached(rest, decode.median, peaks) if decode else None,
     }
-
-
-def _split(figures: Mapping[str, Sequence[float]]) -> Split:
-    return Split(**{name: Spread.of(figures[name]) for name in Split.__struct_fields__ if name in figures})
 
 
 def _reached(work: Work, seconds: float, peaks: Peaks | None) -> Reached:
