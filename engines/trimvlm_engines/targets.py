@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 import msgspec
@@ -12,12 +13,8 @@ from trimvlm.target import Target, Tested, Weights
 
 SHIPPED = Path(__file__).parent / "targets"
 DEFAULT = "ort-cpu"
-QUANTIZED = {  # what may follow `-int` after a shipped target's name
-    "4": Weights(bits=4),
-    "8": Weights(bits=8),
-    "4a8": Weights(bits=4, activations="int8"),
-    "8a8": Weights(bits=8, activations="int8"),
-}
+# What may follow a shipped target's name: bits of weights, of activations, largest block.
+QUANTIZED = re.compile(r"(?P<name>.+)-int(?P<bits>4|8)(?P<a8>a8)?(?:x(?P<block>16|32|64|128))?")
 
 
 def load(name_or_path: str | Path) -> Target:
@@ -30,9 +27,11 @@ def load(name_or_path: str | Path) -> Target:
     if text.endswith((".yaml", ".yml")):
         return parse(Path(text))
     names = _names()
-    name, _, kind = text.rpartition("-int")
-    if name in names and text not in names and kind in QUANTIZED:
-        return quantized(parse(SHIPPED / f"{name}.yaml"), QUANTIZED[kind])
+    said = QUANTIZED.fullmatch(text)
+    if said and said["name"] in names and text not in names:
+        given = {"bits": int(said["bits"])} | ({"activations": "int8"} if said["a8"] else {})
+        given |= {"block": int(said["block"])} if said["block"] else {}
+        return quantized(parse(SHIPPED / f"{said['name']}.yaml"), msgspec.convert(given, Weights))
     if text not in names:
         near = difflib.get_close_matches(text, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -45,6 +44,7 @@ def load(name_or_path: str | Path) -> Target:
 def quantized(target: Target, weights: Weights) -> Target:
     """The same device with quantised weights. What was done on it was done without."""
     kind = f"{weights.bits}{'a8' if weights.activations == 'int8' else ''}"
+    kind += "" if weights.block == Weights(bits=weights.bits).block else f"x{weights.block}"
     return msgspec.structs.replace(target, name=f"{target.name}-int{kind}", weights=weights, tested=Tested())
 
 

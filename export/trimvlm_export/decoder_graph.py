@@ -17,6 +17,7 @@ from trimvlm_export.passes.causal import attend_in_pieces
 from trimvlm_export.passes.in_place import to_in_place
 from trimvlm_export.passes.primitive import to_primitive
 from trimvlm_export.passes.residual import add_in_products
+from trimvlm_export.passes.scaled import scale_queries
 from trimvlm_export.repeated_layers import trace_decoder
 from trimvlm_export.source import Source
 from trimvlm_export.text_model import axes, biases, check_text_model, rotary
@@ -46,6 +47,7 @@ def export_decoder(
         changed = model.clone()
         if layers := to_in_place(changed):
             attend_in_pieces(changed, schedule, layers)
+            scale_queries(changed)
             add_in_products(changed)
             files["in_place"] = f"{name}.decoder.in_place.onnx"
             rows = {layer: schedule.rows[layer].cached for layer in layers}

@@ -80,12 +80,15 @@ class PlanOptions(Value, frozen=True, kw_only=True):
             )
 
 
+BLOCKS = (128, 64, 32, 16)
+
+
 class Weights(Value, frozen=True, kw_only=True):
     """How the weights of a decoder's matrices are stored and read; see `trimvlm_engines.quantizing`.
 
     Attributes:
         bits: of each weight.
-        block: consecutive weights of a row that share a scale.
+        block: consecutive weights of a row that share a scale, at most; see `block_of`.
         activations: what they are multiplied with: `float`, as the graph computes; `int8`: activations are
             rounded too, block by block, which is faster and less exact (ONNX Runtime).
     """
@@ -93,6 +96,10 @@ class Weights(Value, frozen=True, kw_only=True):
     bits: Literal[4, 8]
     block: Literal[16, 32, 64, 128] = 32
     activations: Literal["float", "int8"] = "float"
+
+    def block_of(self, width: int) -> int | None:
+        """The largest block that `width` is a multiple of; None: not even of the smallest."""
+        return next((each for each in BLOCKS if each <= self.block and width % each == 0), None)
 
 
 class Tested(Value, frozen=True, kw_only=True):

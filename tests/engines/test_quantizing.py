@@ -21,7 +21,7 @@ from trimvlm_engines.quantizing.codes import dequantize, pack, quantize
 from trimvlm_engines.quantizing.graph import quantize_graph
 from trimvlm_engines.quantizing.store import Store, matrices
 
-SCHEMES = [Weights(bits=bits, block=block) for bits in (4, 8) for block in (16, 32)]
+SCHEMES = [Weights(bits=bits, block=block) for bits in (4, 8) for block in (16, 32, 64)]
 
 
 @given(
@@ -30,7 +30,7 @@ SCHEMES = [Weights(bits=bits, block=block) for bits in (4, 8) for block in (16, 
 )
 def test_codes_are_the_nearest(weight: np.ndarray, scheme: Weights) -> None:
     """Each value is off by half a step at most, and no step is larger than it must be."""
-    codes, scales = quantize(weight, scheme, np.dtype(np.float32))
+    codes, scales = quantize(weight, scheme.bits, scheme.block, np.dtype(np.float32))
     zero, step = 1 << (scheme.bits - 1), np.repeat(scales, scheme.block, axis=1)
     assert codes.max() < 2 * zero and scales.min() >= 0
     off = np.abs(dequantize(codes, scales, scheme.bits) - weight)
@@ -80,7 +80,9 @@ def test_graphs_agree(bundle: Path, scheme: Weights, method: str) -> None:
     for tensor in model.graph.initializer:
         matrix = next((each for each in found if each.name == tensor.name), None)
         if matrix:
-            codes, scales = quantize(np.array(matrix.read(bundle)), scheme, np.dtype(np.float32))
+            codes, scales = quantize(
+                np.array(matrix.read(bundle)), scheme.bits, matrix.block, np.dtype(np.float32)
+            )
             tensor.CopyFrom(onnx.numpy_helper.from_array(dequantize(codes, scales, scheme.bits), tensor.name))
     outputs["plain"] = run(model, bundle, feeds)
     for form in ("matmul", "dequantize"):

@@ -8,9 +8,11 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.traversal import RecursiveGraphIterator
 
 from trimvlm_export.passes.primitive import OPSET, to_primitive
 from trimvlm_export.passes.residual import add_in_products
+from trimvlm_export.passes.scaled import scale_queries
 
 FLOAT, BOOL, HALF = TensorProto.FLOAT, TensorProto.BOOL, TensorProto.FLOAT16
 
@@ -129,3 +131,50 @@ def test_other_sums_stay(other: dict) -> None:
     before = [node.op_type for node in model.graph]
     assert add_in_products(model) == 0
     assert [node.op_type for node in model.graph] == before
+
+
+def attention_model(*, scale: float | None = None, kind: int = FLOAT) -> ir.Model:
+    """Attention of q [1, 4, R, 8], in the graph itself, in `pieces.0` and in `whole.0`."""
+    attributes = {} if scale is None else {"scale": scale}
+
+    def attention(name: str) -> onnx.NodeProto:
+        return helper.make_node("Attention", ["q", "k", "v"], [name], **attributes)
+
+    def branch(name: str) -> onnx.GraphProto:
+        output = helper.make_tensor_value_info(f"{name}.out", kind, [1, 4, "r", 8])
+        return helper.make_graph([attention(f"{name}.out")], name, [], [output])
+
+    nodes = [
+        attention("outside"),
+        helper.make_node("If", ["c"], ["y"], then_branch=branch("pieces.0"), else_branch=branch("whole.0")),
+        helper.make_node("Add", ["outside", "y"], ["out"]),
+    ]
+    inputs = [helper.make_tensor_value_info(each, kind, [1, 4, "r", 8]) for each in "qkv"]
+    inputs.append(helper.make_tensor_value_info("c", BOOL, []))
+    outputs = [helper.make_tensor_value_info("out", kind, [1, 4, "r", 8])]
+    graph = helper.make_graph(nodes, "attention", inputs, outputs)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(made))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_queries_are_scaled_before_attention_but_not_in_pieces(scale: float | None) -> None:
+    rng, model = np.random.default_rng(6), attention_model(scale=scale)
+    feeds = {each: rng.normal(size=(1, 4, 5, 8)).astype(np.float32) for each in "qkv"}
+    both = [feeds | {"c": np.array(condition)} for condition in (True, False)]
+    before = [run(model, each) for each in both]
+    assert scale_queries(model) == 2
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    nodes = {str(node.outputs[0].name): node for node in RecursiveGraphIterator(model.graph)}
+    scales = {name: nodes[name].attributes.get_float("scale", 0.0) for name in ("outside", "whole.0.out")}
+    assert scales == {"outside": 1.0, "whole.0.out": 1.0}
+    assert nodes["pieces.0.out"].attributes.get_float("scale", 0.0) == np.float32(scale or 0.0)
+    for each, wanted in zip(both, before, strict=True):
+        np.testing.assert_allclose(run(model, each), wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("model", [attention_model(scale=1.0), attention_model(kind=HALF)])
+def test_queries_that_gain_nothing_stay(model: ir.Model) -> None:
+    before = [node.op_type for node in RecursiveGraphIterator(model.graph)]
+    assert scale_queries(model) == 0
+    assert [node.op_type for node in RecursiveGraphIterator(model.graph)] == before

@@ -145,10 +145,18 @@ def test_a_stopped_build_leaves_nothing_that_cannot_be_mended(
     assert store.name not in engine.options["vision"]["weights"], "profiles with other matrices share that"
 
 
-def test_rows_that_are_no_whole_blocks(bundle: Path) -> None:
-    target = msgspec.structs.replace(targets.load("ort-cpu-int4"), weights=Weights(bits=4, block=128))
-    with pytest.raises(UserError, match=r"weights\.block: no matrix .* whole blocks of 128"):
-        build(bundle, target, "dense")
+def test_rows_that_are_no_whole_blocks(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller blocks, as large as fit; a model that none fits is refused."""
+    engine = build(bundle, "ort-cpu-int4x128", "dense")
+    piece = onnx.load(str(bundle / engine.graphs["decoder"]), load_external_data=False)
+    products = [node for node in piece.graph.node if node.op_type == "MatMulNBits"]
+    assert len(products) == 7 * 4 + 1
+    for node in products:
+        said = {each.name: each.i for each in node.attribute}
+        assert said["K"] % said["block_size"] == 0 != said["K"] % (2 * said["block_size"])
+    monkeypatch.setattr("trimvlm.target.BLOCKS", (128,))
+    with pytest.raises(UserError, match=r"weights\.block: no matrix of this model has rows of whole blocks"):
+        build(bundle, "ort-cpu-int8x128", "dense")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -156,6 +164,12 @@ def test_a_name_for_activations_in_int8(bits: int) -> None:
     target = targets.load(f"ort-cpu-int{bits}a8")
     assert target.name == f"ort-cpu-int{bits}a8"
     assert target.weights == Weights(bits=bits, activations="int8")  # type: ignore[arg-type]
+    wide = targets.load(f"ort-cpu-int{bits}a8x128")
+    assert wide.name == f"ort-cpu-int{bits}a8x128"
+    assert wide.weights == Weights(bits=bits, activations="int8", block=128)  # type: ignore[arg-type]
+    assert targets.load(f"ort-cpu-int{bits}x32") == targets.load(f"ort-cpu-int{bits}")
+    with pytest.raises(UserError, match="no target 'ort-cpu-int4x24'"):
+        targets.load("ort-cpu-int4x24")
     with pytest.raises(UserError, match="only ONNX Runtime rounds them to int8"):
         targets.load(f"rtx-4090-int{bits}a8")
     with pytest.raises(UserError, match="no target 'ort-cpu-int2a8'"):

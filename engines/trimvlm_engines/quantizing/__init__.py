@@ -17,7 +17,7 @@ import msgspec
 
 from trimvlm.bundle import Bundle, Manifest
 from trimvlm.errors import UserError
-from trimvlm.target import Target
+from trimvlm.target import BLOCKS, Target
 from trimvlm_engines import record
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def quantize(model: onnx.ModelProto, bundle: Bundle, target: Target) -> Store:
     found = matrices(model, target.weights)
     if not found:
         raise UserError(
-            f"target {target.name}: weights.block: no matrix of this model has rows of whole blocks of "
-            f"{target.weights.block}; choose a smaller one"
+            f"target {target.name}: weights.block: no matrix of this model has rows of whole blocks, "
+            f"not even of {BLOCKS[-1]}; choose a target without `weights`"
         )
     form = "matmul" if target.provider in MATMUL else "dequantize"
     kind = f"int{target.weights.bits}x{target.weights.block}.{form}.{_digest(bundle.manifest, found)}"

@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimvlm.target import Weights
-
 
 def quantize(
-    weight_NK: NDArray[np.float32], weights: Weights, scale_dtype: np.dtype[Any]
+    weight_NK: NDArray[np.float32], bits: int, block: int, scale_dtype: np.dtype[Any]
 ) -> tuple[NDArray[np.uint8], NDArray[Any]]:
     """Codes 0 .. 2^bits - 1 of each value, uint8 [N, K], and scales [N, B]; code 2^(bits-1) is zero.
 
@@ -26,8 +24,8 @@ def quantize(
         scale_dtype: scales are rounded to it before the values are divided by them.
     """
     rows, width = weight_NK.shape
-    zero = 1 << (weights.bits - 1)
-    blocks = weight_NK.reshape(rows, width // weights.block, weights.block)
+    zero = 1 << (bits - 1)
+    blocks = weight_NK.reshape(rows, width // block, block)
     above, below = blocks.max(axis=2, keepdims=True), blocks.min(axis=2, keepdims=True)
     scales = np.maximum(above / (zero - 1), below / -zero).astype(scale_dtype)
     divisors = scales.astype(np.float32)

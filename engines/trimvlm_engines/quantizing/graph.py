@@ -36,7 +36,7 @@ def quantize_graph(model: onnx.ModelProto, store: Store) -> None:
         if matrix.name not in seen:
             seen.add(matrix.name)
             graph.initializer.extend(_tensors(matrix, store))
-            nodes += [_dequantize(matrix, store)] if store.form == "dequantize" else []
+            nodes += [_dequantize(matrix)] if store.form == "dequantize" else []
         nodes += [_gemm(node, matrix)] if store.form == "dequantize" else _matmul(node, matrix, store)
     replace_nodes(graph, nodes)
     if store.form == "matmul":
@@ -49,9 +49,9 @@ def quantize_graph(model: onnx.ModelProto, store: Store) -> None:
 
 def _tensors(matrix: Matrix, store: Store) -> list[TensorProto]:
     """Codes and scales as the store's operator takes them."""
-    rows, bits, blocks = matrix.rows, store.weights.bits, matrix.width // store.weights.block
+    rows, bits, blocks = matrix.rows, store.weights.bits, matrix.width // matrix.block
     if store.form == "matmul":
-        codes, kind = (rows, blocks, store.weights.block * bits // 8), TensorProto.UINT8
+        codes, kind = (rows, blocks, matrix.block * bits // 8), TensorProto.UINT8
         scales: Sequence[int] = (rows * blocks,)
     else:
         codes, kind = (rows, matrix.width), TensorProto.INT4 if bits == 4 else TensorProto.INT8
@@ -82,18 +82,17 @@ def _matmul(node: NodeProto, matrix: Matrix, store: Store) -> list[NodeProto]:
         K=matrix.width,
         N=matrix.rows,
         bits=store.weights.bits,
-        block_size=store.weights.block,
+        block_size=matrix.block,
         accuracy_level=4 if store.weights.activations == "int8" else 1,
     )
     add = helper.make_node("Add", [product, node.input[2]], [result], name=result) if biased else None
     return [made, add] if add else [made]
 
 
-def _dequantize(matrix: Matrix, store: Store) -> NodeProto:
+def _dequantize(matrix: Matrix) -> NodeProto:
     made = f"{matrix.name}.values"
     inputs = [f"{matrix.name}.codes", f"{matrix.name}.scales"]
-    block = store.weights.block
-    return helper.make_node("DequantizeLinear", inputs, [made], name=made, axis=1, block_size=block)
+    return helper.make_node("DequantizeLinear", inputs, [made], name=made, axis=1, block_size=matrix.block)
 
 
 def _gemm(node: NodeProto, matrix: Matrix) -> NodeProto:

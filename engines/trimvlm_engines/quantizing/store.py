@@ -29,7 +29,10 @@ Form = Literal["matmul", "dequantize"]
 
 
 class Matrix(NamedTuple):
-    """A weight [rows, width] of a Gemm, in the bundle's weight files; `kind` is ONNX's type."""
+    """A weight [rows, width] of a Gemm, in the bundle's weight files; `kind` is ONNX's type.
+
+    `block` consecutive values of a row share a scale.
+    """
 
     name: str
     kind: int
@@ -37,6 +40,7 @@ class Matrix(NamedTuple):
     width: int
     location: str
     offset: int
+    block: int
 
     def read(self, directory: Path) -> NDArray[Any]:
         """[rows, width], mapped."""
@@ -45,17 +49,17 @@ class Matrix(NamedTuple):
 
 
 def matrices(model: onnx.ModelProto, weights: Weights) -> tuple[Matrix, ...]:
-    """Weights of the graph's Gemms whose rows are whole blocks; others stay as they are."""
+    """Weights of the graph's Gemms, each in the largest blocks that fit; some have rows that none fits."""
     read = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
     found: list[Matrix] = []
     for tensor in model.graph.initializer:
         if tensor.name not in read or tensor.data_location != TensorProto.EXTERNAL or len(tensor.dims) != 2:
             continue
         rows, width = tensor.dims
-        if tensor.data_type in TYPES and width % weights.block == 0:
+        if tensor.data_type in TYPES and (block := weights.block_of(width)):
             said = {entry.key: entry.value for entry in tensor.external_data}
             place = said["location"], int(said.get("offset", 0))
-            found.append(Matrix(tensor.name, tensor.data_type, rows, width, *place))
+            found.append(Matrix(tensor.name, tensor.data_type, rows, width, *place, block))
     return tuple(sorted(found))  # the same file for graphs with the same matrices
 
 
@@ -69,7 +73,7 @@ class Place(NamedTuple):
 class Store:
     """A file of quantised weights (safetensors), made or to be made.
 
-    Its tensors are `<weight>.codes` [rows, width * bits / 8] and `<weight>.scales` [rows, width / block].
+    Its tensors are `<weight>.codes` [rows, width * bits / 8] and `<weight>.scales` [rows, width / its block].
 
     Attributes:
         name: of the file in the bundle.
@@ -82,12 +86,12 @@ class Store:
     @cached_property
     def _header(self) -> tuple[bytes, dict[str, Place]]:
         said: dict[str, Any] = {}
-        end, bits, block = 0, self.weights.bits, self.weights.block
+        end, bits = 0, self.weights.bits
         for each in self.matrices:
             kind, dtype = TYPES[each.kind]
             for part, stored, width, size in (
                 ("codes", "U8", each.width * bits // 8, 1),
-                ("scales", kind, each.width // block, dtype.itemsize),
+                ("scales", kind, each.width // each.block, dtype.itemsize),
             ):
                 begin, end = end, end + each.rows * width * size
                 where = {"dtype": stored, "shape": [each.rows, width], "data_offsets": [begin, end]}
@@ -121,4 +125,4 @@ class Store:
         values, rows = matrix.read(directory), max(1, CHUNK // matrix.width)
         for start in range(0, matrix.rows, rows):
             part = np.asarray(values[start : start + rows]).astype(np.float32)
-            yield quantize(part, self.weights, TYPES[matrix.kind][1])
+            yield quantize(part, self.weights.bits, matrix.block, TYPES[matrix.kind][1])

@@ -18,6 +18,7 @@ from trimvlm.accounting import attention_pieces
 from trimvlm.schedule import Schedule
 
 END = np.iinfo(np.int64).max
+PIECES = "pieces."  # names of branches begin so
 
 
 def attend_in_pieces(model: ir.Model, schedule: Schedule, layers: tuple[int, ...]) -> int:
@@ -57,7 +58,9 @@ class _Pieces:
         cuts = self.cuts.get(row.live) or self._cuts(tape, row.live, attention_pieces(self.schedule, row))
         there, masks = self.masks.get((mask, row.live)) or self._masks(tape, mask, row.live, cuts)
         branches = {
-            "then_branch": _graph(f"pieces.{layer}", self._in_pieces(attention, (keys, values), cuts, masks)),
+            "then_branch": _graph(
+                f"{PIECES}{layer}", self._in_pieces(attention, (keys, values), cuts, masks)
+            ),
             "else_branch": _graph(f"whole.{layer}", [_again(attention)]),
         }
         old = attention.outputs[0]

@@ -1,0 +1,58 @@
+"""Queries that are scaled before their attention: for ONNX Runtime's CPU kernel.
+
+The kernel scales scores as it makes them, and its product of one row is fast only where nothing scales the
+result. So the queries of tokens after the prompt are scaled first. Pieces of a prompt (`causal`) have many
+rows, which gain nothing, and stay as they are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.traversal import RecursiveGraphIterator
+
+from trimvlm_export.passes.causal import PIECES
+
+
+def scale_queries(model: ir.Model) -> int:
+    """Scales the queries (float32 [1, H, R, C]) of every Attention outside of pieces before it, in place.
+
+    Returns:
+        How many are changed.
+    """
+    scales: dict[float, ir.Value] = {}
+    found = [node for node in RecursiveGraphIterator(model.graph) if _scales(node)]
+    for node in found:
+        queries, result = node.inputs[0], node.outputs[0]
+        assert queries is not None and queries.shape is not None and isinstance(queries.shape[3], int)
+        scale = node.attributes.get_float("scale", queries.shape[3] ** -0.5)
+        if scale not in scales:
+            scales[scale] = _initializer(model.graph, scale)
+        product = ir.node("Mul", [queries, scales[scale]], name=f"{result.name}.queries")
+        scaled = product.outputs[0]  # its own name: in a branch it must be none of those outside
+        scaled.name, scaled.type, scaled.shape = product.name, queries.type, queries.shape
+        assert node.graph is not None
+        node.graph.insert_before(node, [product])
+        node.replace_input_with(0, scaled)
+        node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
+    return len(found)
+
+
+def _scales(node: ir.Node) -> bool:
+    if node.op_type != "Attention" or node.graph is None or str(node.graph.name).startswith(PIECES):
+        return False
+    queries = node.inputs[0]
+    known = queries is not None and queries.shape is not None and len(queries.shape) == 4
+    return known and queries.dtype == ir.DataType.FLOAT and node.attributes.get_float("scale", 0.0) != 1.0
+
+
+def _initializer(graph: ir.Graph, scale: float) -> ir.Value:
+    name = f"scale.{scale:.9g}"
+    made = ir.Value(
+        name=name,
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape([]),
+        const_value=ir.tensor(np.array(scale, np.float32), name=name),
+    )
+    graph.register_initializer(made)
+    return made
