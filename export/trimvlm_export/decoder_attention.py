@@ -6,7 +6,7 @@ C head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimvlm.profile import Rows, TextKeys
 from trimvlm.schedule import Row
-from trimvlm_export.decoder_stream import Part, Stream
+from trimvlm_export.decoder_stream import EveryRow, Part, Stream, TextRows
 from trimvlm_export.operators import attention, attention_weights, repeat_heads
 
 
@@ -86,6 +86,8 @@ class Attended:
         row = self.row
         visible = self.visible(self.part, row.text_keys, row.visual_keys)
         if mask == "post_softmax" and (row.text_keys, row.visual_keys) != ("live", "live"):
+            if isinstance(self.part, EveryRow) and row.visual_keys == "live" and self.shown() is None:
+                return torch.cat((self._of_visual_rows(), self._of_text_rows().output(mask)), dim=2)
             weights = self.weights()
             left = weights * visible  # zeros also where no key was visible to begin with
             return self.mixed(left + self._to_sink(weights) if row.text_keys == "sink" else left)
@@ -94,6 +96,17 @@ class Attended:
             return out  # every row sees itself
         sees = visible.float().sum(dim=1) > 0
         return torch.where(sees.unsqueeze(1), out, torch.zeros((), dtype=out.dtype))
+
+    def _of_visual_rows(self) -> Tensor:
+        """[1, H, visual, C]: rows that see all their keys. One row more, as no kernel takes none at decode."""
+        rows = self.stream.visual + 1
+        visible = self.visible(self.part)[:rows]
+        return attention(self.queries[:, :, :rows], self.keys, self.values, visible)[:, :, : rows - 1]
+
+    def _of_text_rows(self) -> Attended:
+        """The same layer for text rows alone: few rows whose weights are made in the open."""
+        visual = self.stream.visual
+        return replace(self, part=TextRows(visual), queries=self.queries[:, :, visual:])
 
     def _to_sink(self, weights: Tensor) -> Tensor:
         """What text rows' hidden visual keys lose, as weights for the first live visual row (VisiPruner)."""
