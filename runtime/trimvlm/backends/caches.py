@@ -35,7 +35,8 @@ class Caches:
     Attributes:
         buffers: [1, G, B, C] by name (`key.3`).
         memory: what they lie in, with room.
-        rows: filled rows, by layer; as arrays, which ONNX Runtime reads where they are.
+        rows: filled rows, by layer; as arrays, which ONNX Runtime reads where they are, all parts of `counts`.
+        room: rows of the buffers, in the order of `counts`.
         runs: how many; what an earlier run than the last one kept is of no use any more.
         bound: binding of the last run and what it has by name: binding all anew takes a millisecond.
     """
@@ -44,26 +45,37 @@ class Caches:
         """`spare` is memory that is free; what is used of it is put back when nothing refers to these."""
         self.buffers = dict(past)
         self.memory: dict[str, NDArray[Any]] = {}
-        self.rows = {int(name.partition(".")[2]): np.array([array.shape[2]]) for name, array in past.items()}
+        counts = {int(name.partition(".")[2]): array.shape[2] for name, array in past.items()}
+        self.counts = np.array([*counts.values()])
+        self.room = self.counts.copy()
+        self.rows = {layer: self.counts[number : number + 1] for number, layer in enumerate(counts)}
         self.runs = 0
         self.bound: Bound | None = None
         self.spare = spare
         weakref.finalize(self, spare.update, self.memory).atexit = False
 
-    def reserve(self, layer: int, wanted: int) -> None:
-        """Makes room for `wanted` rows; for just these before the first run: a prompt's attention then passes
-        over none that is not filled."""
+    def reserve(self, added: NDArray[np.int64]) -> None:
+        """Makes room for so many more rows of each layer; for just these before the first run: a prompt's
+        attention then passes over none that is not filled."""
+        wanted = self.counts + added
+        small = wanted > self.room if self.runs else np.ones_like(wanted, dtype=bool)
+        if small.any():
+            for number, layer in enumerate(self.rows):
+                if small[number]:
+                    self.room[number] = self._grow(layer, int(wanted[number]))
+
+    def _grow(self, layer: int, wanted: int) -> int:
+        """Rows of the layer's buffers from now on."""
+        filled, rows = int(self.rows[layer][0]), wanted
         for name in (f"{kind}.{layer}" for kind in KINDS):
             before = self.buffers[name]
-            if self.runs and before.shape[2] >= wanted:
-                continue
-            filled = int(self.rows[layer][0])
             rows = max(wanted, before.shape[2] + ROOM) if self.runs else wanted
             self.buffers[name] = buffer = self._lay_out(name, before, rows)
             for head in reversed(range(before.shape[1])):  # the last moves farthest, in the same memory
                 buffer[0, head, :filled] = before[0, head, :filled]
             buffer[:, :, wanted:] = 0  # attention gives the room no weight, which a NaN would survive
             self.bound = None
+        return rows
 
     def _lay_out(self, name: str, before: NDArray[Any], rows: int) -> NDArray[Any]:
         """A buffer of `rows` rows, in the same memory where it is large enough."""
@@ -130,8 +142,9 @@ class InPlace:
     def __init__(self, session: Any, inputs: Mapping[str, Port], outputs: Mapping[str, Port]) -> None:
         told = json.loads(session.get_modelmeta().custom_metadata_map[LAYERS])
         self.image: int = told["image"]
-        self.layers = {int(layer): int(rows) for layer, rows in told["layers"].items()}
-        self.names = [f"{kind}.{layer}" for layer in self.layers for kind in KINDS]
+        self.visual = np.array([int(rows) for rows in told["layers"].values()])  # that each layer caches
+        self.names = [f"{kind}.{layer}" for layer in told["layers"] for kind in KINDS]
+        self.pasts, self.presents = ({f"{each}_{name}" for name in self.names} for each in (PAST, PRESENT))
         self.session = session
         self.spare: dict[str, NDArray[Any]] = {}
         self.inputs = {
@@ -145,33 +158,31 @@ class InPlace:
         self, feeds: Mapping[str, Any], fetch: Sequence[str], keep: Sequence[str], options: Any
     ) -> dict[str, Any]:
         """See `Backend.run`. Feeds are arrays, OrtValues or what the run before kept, which is used up."""
-        past = {name: feeds[f"{PAST}_{name}"] for name in self.names}
-        caches, given = self._caches(past), feeds["visual"].shape[0]
-        added = {
-            n: given * visual // self.image + len(feeds["input_ids"]) for n, visual in self.layers.items()
-        }
-        for layer, rows in added.items():
-            caches.reserve(layer, int(caches.rows[layer][0]) + rows)
-        others = [name for name in (*fetch, *keep) if name.partition("_")[2] not in past]
+        from onnxruntime import OrtValue
+
+        caches, given, text = self._caches(feeds), feeds["visual"].shape[0], len(feeds["input_ids"])
+        added = given * self.visual // self.image + text
+        caches.reserve(added)
+        others = [name for name in (*fetch, *keep) if name not in self.presents]
         if caches.bound is None or caches.bound.outputs != others:
             caches.bound = Bound(self.session.io_binding(), caches, others)
-        caches.bound.feed({n: value for n, value in feeds.items() if n.partition("_")[2] not in past})
+        caches.bound.feed({name: value for name, value in feeds.items() if name not in self.pasts})
         self.session.run_with_iobinding(caches.bound.binding, options)
         caches.runs += 1
-        for layer, rows in added.items():
-            caches.rows[layer] += rows
-        values = dict(zip(others, caches.bound.binding.get_outputs()[2 * len(self.layers) :], strict=True))
+        caches.counts += added
+        outputs = caches.bound.binding.get_outputs_as_ortvaluevector()  # no object for each of the buffers
+        values = {name: outputs[number] for number, name in enumerate(others, len(self.names))}
         results: dict[str, Any] = {name: values[name].numpy() for name in fetch if name in values}
-        results |= {name: values[name] for name in keep if name in values}
+        results |= {name: OrtValue(values[name]) for name in keep if name in values}
         results |= {name: caches.filled(name.partition("_")[2]) for name in fetch if name not in values}
         kept = Kept(caches)
         return results | {name: kept for name in keep if name not in values}
 
-    def _caches(self, past: Mapping[str, Any]) -> Caches:
+    def _caches(self, feeds: Mapping[str, Any]) -> Caches:
         """The caches that a run goes on with: those of the run before, or new ones of arrays."""
-        first = next(iter(past.values()))
+        first = feeds[f"{PAST}_{self.names[0]}"]
         if not isinstance(first, Kept):
-            return Caches(past, self.spare)
-        same = all(isinstance(each, Kept) and each.caches is first.caches for each in past.values())
+            return Caches({name: feeds[f"{PAST}_{name}"] for name in self.names}, self.spare)
+        same = all(feeds[name] is first for name in self.pasts)
         assert same and first.run == first.caches.runs, "what a run kept was fed to another run before"
         return first.caches

@@ -133,8 +133,9 @@ class OnnxRuntimeBackend:
 
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         check_feeds(self.inputs(role), arrays)
-        once: Any = getattr(onnxruntime, "RunOptions")()  # noqa: B009 its stubs do not name it
+        once = None  # making options and reading them back costs a tenth of a millisecond
         if role == "vision" and self.provider in ARENAS:  # its scratch memory is of no use to the decoder
+            once = getattr(onnxruntime, "RunOptions")()  # noqa: B009 its stubs do not name it
             arena = ARENAS[self.provider].format(self.device)
             once.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
         if role in self.in_place:
