@@ -98,7 +98,7 @@ class Attended:
         return torch.where(sees.unsqueeze(1), out, torch.zeros((), dtype=out.dtype))
 
     def _of_visual_rows(self) -> Tensor:
-        """[1, H, visual, C]: rows that see all their keys. One row more, as no kernel takes none at decode."""
+        """[1, H, visual, C]: rows that lose no key. One more is computed: no kernel takes none, at decode."""
         rows = self.stream.visual + 1
         visible = self.visible(self.part)[:rows]
         return attention(self.queries[:, :, :rows], self.keys, self.values, visible)[:, :, : rows - 1]

@@ -35,7 +35,7 @@ class Caches:
     Attributes:
         buffers: [1, G, B, C] by name (`key.3`).
         memory: what they lie in, with room.
-        rows: filled rows, by layer; as arrays, which ONNX Runtime reads where they are, all parts of `counts`.
+        rows: filled rows, by layer; as arrays that ONNX Runtime reads where they are, parts of `counts`.
         room: rows of the buffers, in the order of `counts`.
         runs: how many; what an earlier run than the last one kept is of no use any more.
         bound: binding of the last run and what it has by name: binding all anew takes a millisecond.
