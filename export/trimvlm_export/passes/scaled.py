@@ -21,29 +21,30 @@ def scale_queries(model: ir.Model) -> int:
         How many are changed.
     """
     scales: dict[float, ir.Value] = {}
-    found = [node for node in RecursiveGraphIterator(model.graph) if _scales(node)]
+    found = [node for node in RecursiveGraphIterator(model.graph) if _scale(node) != 1.0]
     for node in found:
-        queries, result = node.inputs[0], node.outputs[0]
-        assert queries is not None and queries.shape is not None and isinstance(queries.shape[3], int)
-        scale = node.attributes.get_float("scale", queries.shape[3] ** -0.5)
+        queries, result, scale = node.inputs[0], node.outputs[0], _scale(node)
         if scale not in scales:
             scales[scale] = _initializer(model.graph, scale)
         product = ir.node("Mul", [queries, scales[scale]], name=f"{result.name}.queries")
         scaled = product.outputs[0]  # its own name: in a branch it must be none of those outside
+        assert queries is not None and node.graph is not None
         scaled.name, scaled.type, scaled.shape = product.name, queries.type, queries.shape
-        assert node.graph is not None
         node.graph.insert_before(node, [product])
         node.replace_input_with(0, scaled)
         node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
     return len(found)
 
 
-def _scales(node: ir.Node) -> bool:
+def _scale(node: ir.Node) -> float:
+    """What a node scales the scores of its queries with; 1.0 also where it would gain nothing by another."""
     if node.op_type != "Attention" or node.graph is None or str(node.graph.name).startswith(PIECES):
-        return False
+        return 1.0
     queries = node.inputs[0]
-    known = queries is not None and queries.shape is not None and len(queries.shape) == 4
-    return known and queries.dtype == ir.DataType.FLOAT and node.attributes.get_float("scale", 0.0) != 1.0
+    if queries is None or queries.dtype != ir.DataType.FLOAT or queries.shape is None:
+        return 1.0
+    size = queries.shape[-1]
+    return node.attributes.get_float("scale", size**-0.5) if isinstance(size, int) else 1.0
 
 
 def _initializer(graph: ir.Graph, scale: float) -> ir.Value:
