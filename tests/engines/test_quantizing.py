@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from decoder_feeds import prefill_feeds
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from onnx import helper
 from safetensors import safe_open
 
 from trimvlm.bundle import Bundle
@@ -54,7 +56,7 @@ def test_bytes_are_those_of_onnx(signed: bool) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("method", ["dense", "hidivdrop"])
+@pytest.mark.parametrize("method", ["dense", "v-skip", "hidivdrop"])
 def test_graphs_agree(bundle: Path, scheme: Weights, method: str) -> None:
     """MatMulNBits, DequantizeLinear, and the graph itself on the weights that the codes stand for."""
     opened = Bundle(bundle)
@@ -88,6 +90,64 @@ def test_graphs_agree(bundle: Path, scheme: Weights, method: str) -> None:
     for form in ("matmul", "dequantize"):
         for name, value in outputs["plain"].items():
             assert np.allclose(outputs[form][name], value, atol=2e-5), (form, name)
+
+
+def test_what_reads_the_same_rows_is_one_product(bundle: Path) -> None:
+    """Keys, values and queries; without the queries where those are of fewer rows, as the last layer's."""
+    opened, scheme = Bundle(bundle), Weights(bits=4, block=16)
+    for method, merged in (("dense", [3, 3, 3, 3, 2]), ("v-skip", [3, 3, 3, 2, 2])):
+        _, entry = opened.entry(method)
+        model = onnx.load(str(opened.path(entry.decoders["fused"])), load_external_data=False)
+        before = collections.Counter(node.op_type for node in model.graph.node)
+        quantize_graph(model, Store("store", scheme, "matmul", matrices(model, scheme)))
+        after = collections.Counter(node.op_type for node in model.graph.node)
+        splits = [node for node in model.graph.node if node.name.endswith(".split")]
+        assert sorted(len(node.output) for node in splits) == sorted(merged)
+        assert after["MatMulNBits"] == before["Gemm"] - sum(merged) + len(merged)
+        norms = after["SkipSimplifiedLayerNormalization"]
+        assert norms > 6 and norms + after["RMSNormalization"] == before["RMSNormalization"]
+        assert before["Add"] - after["Add"] == norms
+
+
+def test_a_bias_is_merged_and_a_residual_is_not() -> None:
+    """Gemms of rows `x` with biases; with one that adds rows they stay apart."""
+    for residual in (False, True):
+        names = [f"layers.0.self_attn.{each}_proj.weight" for each in "kvq"]
+        model = products(names, residual=residual)
+        store = Store("s", Weights(bits=4, block=16), "matmul", matrices(model, Weights(bits=4, block=16)))
+        quantize_graph(model, store)
+        kinds = [node.op_type for node in model.graph.node]
+        assert kinds == (
+            ["Concat", "MatMulNBits", "Add", "Split", "MatMulNBits", "Add"]
+            if residual
+            else ["Concat", "MatMulNBits", "Add", "Split"]
+        )
+        (whole,) = (each for each in model.graph.initializer if "+" in each.name and "codes" in each.name)
+        assert list(whole.dims) == [8 * (2 if residual else 3), 2, 8]
+
+
+def products(names: list[str], *, residual: bool) -> onnx.ModelProto:
+    weights, nodes = [], []
+    for number, name in enumerate(names):
+        tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=[8, 32])
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="model.safetensors")
+        weights.append(tensor)
+        bias = "rows" if residual and number == 2 else f"{name}.bias"
+        if bias != "rows":
+            weights.append(onnx.numpy_helper.from_array(np.zeros(8, np.float32), bias))
+        nodes.append(helper.make_node("Gemm", ["x", name, bias], [f"y{number}"], transB=1))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [
+            helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["r", 32]),
+            helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, ["r", 8]),
+        ],
+        [helper.make_tensor_value_info(f"y{n}", onnx.TensorProto.FLOAT, ["r", 8]) for n in range(3)],
+        weights,
+    )
+    return helper.make_model(graph)
 
 
 def run(model: onnx.ModelProto, directory: Path, feeds: dict) -> dict[str, np.ndarray]:

@@ -18,7 +18,8 @@ from onnx.reference import ReferenceEvaluator
 from trimvlm.errors import UserError
 
 Shape = tuple[int, ...]
-MATMUL_N_BITS = "MatMulNBits"  # ONNX Runtime's own, of which onnx knows no rule
+# ONNX Runtime's own, of which onnx knows no rule.
+MATMUL_N_BITS, SKIP_NORM = "MatMulNBits", "SkipSimplifiedLayerNormalization"
 SMALL = 64  # elements: no shape has more, and nothing larger is computed
 
 
@@ -66,6 +67,8 @@ class Outcomes:
         if node.op_type == MATMUL_N_BITS:
             rows, kind = helper.get_node_attr_value(node, "N"), kinds[node.input[0]]
             return {node.output[0]: Kind(kind.elements, (*kind.shape[:-1], rows))}
+        if node.op_type == SKIP_NORM:
+            return dict.fromkeys(filter(None, node.output), kinds[node.input[0]])
         schema = onnx.defs.get_schema(node.op_type, self._opsets[node.domain], node.domain)
         reason = ""
         try:

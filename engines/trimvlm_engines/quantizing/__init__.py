@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUANTIZED = "quantized"  # in names of files, and of what an Engine says of them
-SCHEME = 1  # number of the rule in `codes.quantize`: another rule makes other files
+SCHEME = 2  # number of the rule in `codes.quantize` and of the file's order: another makes other files
 MATMUL = ("CPUExecutionProvider", "CUDAExecutionProvider")  # have a kernel for MatMulNBits
 
 

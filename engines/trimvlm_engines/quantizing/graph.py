@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from trimvlm_engines.quantizing.neighbours import CONTRIB, PRODUCT, add_in_norms, merge_products
 from trimvlm_engines.quantizing.store import Matrix, Store
 from trimvlm_engines.rewriting import replace_nodes
 
 OPSET = 21  # the first with DequantizeLinear of blocks
 IR_VERSION = 10  # the first with 4-bit integers
-CONTRIB = "com.microsoft"
 
 
 def quantize_graph(model: onnx.ModelProto, store: Store) -> None:
@@ -22,7 +22,9 @@ def quantize_graph(model: onnx.ModelProto, store: Store) -> None:
     form `dequantize` they get the standard's DequantizeLinear before them, which TensorRT takes into its
     kernel. Both read weights row by row, as they lie in the checkpoint.
     """
-    graph, found = model.graph, {each.name: each for each in store.matrices}
+    graph = model.graph
+    merged = merge_products(graph, store) if store.form == "matmul" else []
+    found = {each.name: each for each in (*store.matrices, *merged)}
     nodes: list[NodeProto] = []
     seen: set[str] = set()
     for node in graph.node:
@@ -40,6 +42,7 @@ def quantize_graph(model: onnx.ModelProto, store: Store) -> None:
         nodes += [_gemm(node, matrix)] if store.form == "dequantize" else _matmul(node, matrix, store)
     replace_nodes(graph, nodes)
     if store.form == "matmul":
+        add_in_norms(graph)
         model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
     else:
         (standard,) = (each for each in model.opset_import if each.domain == "")
@@ -74,7 +77,7 @@ def _matmul(node: NodeProto, matrix: Matrix, store: Store) -> list[NodeProto]:
     (result,), biased = node.output, len(node.input) > 2
     product = f"{result}.product" if biased else result
     made = helper.make_node(
-        "MatMulNBits",
+        PRODUCT,
         [node.input[0], f"{matrix.name}.codes", f"{matrix.name}.scales"],
         [product],
         name=product,

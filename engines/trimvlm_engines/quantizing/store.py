@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,9 @@ TYPES: dict[int, tuple[str, np.dtype[Any]]] = {
 }
 
 Form = Literal["matmul", "dequantize"]
+# Matrices of a layer that read the same rows lie together, so that they can be read as one; a profile may
+# compute queries of fewer rows than keys and values.
+TOGETHER = ("k_proj.weight", "v_proj.weight", "q_proj.weight")
 
 
 class Matrix(NamedTuple):
@@ -60,7 +64,16 @@ def matrices(model: onnx.ModelProto, weights: Weights) -> tuple[Matrix, ...]:
             said = {entry.key: entry.value for entry in tensor.external_data}
             place = said["location"], int(said.get("offset", 0))
             found.append(Matrix(tensor.name, tensor.data_type, rows, width, *place, block))
-    return tuple(sorted(found))  # the same file for graphs with the same matrices
+    return tuple(sorted(found, key=_order))  # the same file for graphs with the same matrices
+
+
+def _order(matrix: Matrix) -> tuple[str, int]:
+    prefix, _, last = matrix.name.rpartition(".self_attn.")
+    return (prefix, TOGETHER.index(last)) if last in TOGETHER else (matrix.name, 0)
+
+
+def _group(matrix: Matrix) -> tuple[str, int, int, int]:
+    return _order(matrix)[0], matrix.kind, matrix.width, matrix.block
 
 
 class Place(NamedTuple):
@@ -78,24 +91,27 @@ class Store:
     Attributes:
         name: of the file in the bundle.
         weights, form: how they are quantised, and for which operator.
+        groups: the matrices. Those of a group lie as one matrix would: codes of all, then scales of all.
     """
 
     def __init__(self, name: str, weights: Weights, form: Form, matrices: tuple[Matrix, ...]) -> None:
         self.name, self.weights, self.form, self.matrices = name, weights, form, matrices
+        self.groups = [tuple(group) for _, group in groupby(matrices, _group)]
 
     @cached_property
     def _header(self) -> tuple[bytes, dict[str, Place]]:
         said: dict[str, Any] = {}
         end, bits = 0, self.weights.bits
-        for each in self.matrices:
-            kind, dtype = TYPES[each.kind]
+        for group in self.groups:
+            kind, dtype = TYPES[group[0].kind]
             for part, stored, width, size in (
-                ("codes", "U8", each.width * bits // 8, 1),
-                ("scales", kind, each.width // each.block, dtype.itemsize),
+                ("codes", "U8", group[0].width * bits // 8, 1),
+                ("scales", kind, group[0].width // group[0].block, dtype.itemsize),
             ):
-                begin, end = end, end + each.rows * width * size
-                where = {"dtype": stored, "shape": [each.rows, width], "data_offsets": [begin, end]}
-                said[f"{each.name}.{part}"] = where
+                for each in group:
+                    begin, end = end, end + each.rows * width * size
+                    where = {"dtype": stored, "shape": [each.rows, width], "data_offsets": [begin, end]}
+                    said[f"{each.name}.{part}"] = where
         text = json.dumps(said, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % ALIGNMENT)
         places = {
@@ -109,13 +125,22 @@ class Store:
         """Of a tensor."""
         return self._header[1][name]
 
+    def joined(self, parts: Sequence[Matrix]) -> Matrix:
+        """Matrices of a group, from its first on, as one, which `place` knows from now on."""
+        made = parts[0]._replace(name="+".join(each.name for each in parts), rows=sum(p.rows for p in parts))
+        for kind in ("codes", "scales"):
+            places = [self.place(f"{each.name}.{kind}") for each in parts]
+            whole = Place(places[0].offset, sum(place.length for place in places))
+            self._header[1][f"{made.name}.{kind}"] = whole
+        return made
+
     def write(self, put: Callable[[bytes | memoryview], int], directory: Path) -> None:
         """Quantises the matrices of the bundle in `directory` one by one, each a part at a time."""
         put(self._header[0])
         signed = self.form == "dequantize"
-        for each in self.matrices:
+        for group in self.groups:
             scales: list[bytes] = []
-            for codes, scale in self._parts(each, directory):
+            for codes, scale in chain.from_iterable(self._parts(each, directory) for each in group):
                 put(np.ascontiguousarray(pack(codes, self.weights.bits, signed=signed)).tobytes())
                 scales.append(scale.tobytes())
             for scale in scales:
