@@ -22,6 +22,7 @@ from trimvlm.target import Weights
 from trimvlm_engines.quantizing.codes import dequantize, pack, quantize
 from trimvlm_engines.quantizing.graph import quantize_graph
 from trimvlm_engines.quantizing.store import Store, matrices
+from trimvlm_engines.rewriting import replace_nodes
 
 SCHEMES = [Weights(bits=bits, block=block) for bits in (4, 8) for block in (16, 32, 64)]
 
@@ -124,6 +125,24 @@ def test_a_bias_is_merged_and_a_residual_is_not() -> None:
         )
         (whole,) = (each for each in model.graph.initializer if "+" in each.name and "codes" in each.name)
         assert list(whole.dims) == [8 * (2 if residual else 3), 2, 8]
+
+
+def test_what_only_a_branch_reads_stays() -> None:
+    """Rewriting drops initialisers that nothing reads, and a branch of an `If` reads as any node does."""
+    model = products(["layers.0.self_attn.k_proj.weight"] * 3, residual=False)
+    y = helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["r", 8])
+    branches = [
+        helper.make_graph([helper.make_node("Mul", ["y0", factor], ["z"])], factor, [], [y])
+        for factor in ("one", "two")
+    ]
+    model.graph.node.append(
+        helper.make_node("If", ["c"], ["z"], then_branch=branches[0], else_branch=branches[1])
+    )
+    for number, name in enumerate(("one", "two", "unread")):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(number), name))
+    replace_nodes(model.graph, list(model.graph.node))
+    names = {tensor.name for tensor in model.graph.initializer}
+    assert {"one", "two"} < names and "unread" not in names
 
 
 def products(names: list[str], *, residual: bool) -> onnx.ModelProto:
