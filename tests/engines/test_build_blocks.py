@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import onnx
 import pytest
 from tiny_models import noise_image
@@ -69,7 +70,8 @@ def test_a_session_of_blocks_gives_every_output(bundle: Path) -> None:
             assert isinstance(blocks, Blocks) == (target == "small")
     for split, whole in zip(found["small"], found["ort-cpu"], strict=True):
         assert split.keys() == whole.keys()
-        assert all((split[name] == whole[name]).all() for name in whole)
+        for name in whole:  # queries are scaled before attention there and scores in it here
+            np.testing.assert_allclose(split[name], whole[name], atol=1e-5, err_msg=name)
 
 
 def test_second_build_is_skipped_and_other_limits_are_not(bundle: Path, contents: Contents) -> None:

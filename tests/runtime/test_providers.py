@@ -75,10 +75,7 @@ class GpuSession:
 
     def run_with_iobinding(self, binding: Binding, options: Any) -> None:
         key = "memory.enable_memory_arena_shrinkage"
-        try:
-            self.shrunk.append(options.get_run_config_entry(key))
-        except RuntimeError:
-            self.shrunk.append("")
+        self.shrunk.append(options.get_run_config_entry(key) if options else "")
         self.real.run_with_iobinding(binding.real)
 
 
