@@ -36,7 +36,9 @@ def load(name_or_path: str | Path) -> Target:
         near = difflib.get_close_matches(text, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
-            f"no target {text!r}; {hint}known are {', '.join(names)}, and any path to a .yaml of your own"
+            f"no target {text!r}; {hint}known are {', '.join(names)}, each also with -int4 or -int8 behind "
+            "it (then a8: activations in int8; then x16, x32, x64 or x128: largest block), and any path to a "
+            ".yaml of your own"
         )
     return parse(SHIPPED / f"{text}.yaml")
 
