@@ -110,13 +110,23 @@ def test_what_reads_the_same_rows_is_one_product(bundle: Path) -> None:
         assert before["Add"] - after["Add"] == norms
 
 
-def test_a_bias_is_merged_and_a_residual_is_not() -> None:
-    """Gemms of rows `x` with biases; with one that adds rows they stay apart."""
+def test_a_bias_is_merged_and_a_residual_is_not(tmp_path: Path) -> None:
+    """Gemms of rows `x` with biases; with one that adds rows they stay apart. They give what DequantizeLinear
+    and Gemm give."""
+    rng, scheme = np.random.default_rng(8), Weights(bits=4, block=16)
+    feeds = {each: rng.normal(size=(3, size)).astype(np.float32) for each, size in (("x", 32), ("rows", 8))}
+    rng.normal(size=(3, 8, 32)).astype(np.float32).tofile(tmp_path / "model.safetensors")
     for residual in (False, True):
         names = [f"layers.0.self_attn.{each}_proj.weight" for each in "kvq"]
-        model = products(names, residual=residual)
-        store = Store("s", Weights(bits=4, block=16), "matmul", matrices(model, Weights(bits=4, block=16)))
-        quantize_graph(model, store)
+        model, plain = (products(names, residual=residual) for _ in range(2))
+        for made, form in ((model, "matmul"), (plain, "dequantize")):
+            store = Store(form, scheme, form, matrices(made, scheme))
+            quantize_graph(made, store)
+            with (tmp_path / form).open("wb") as sink:
+                store.write(sink.write, tmp_path)
+        wanted = run(plain, tmp_path, feeds)
+        for name, value in run(model, tmp_path, feeds).items():
+            np.testing.assert_allclose(value, wanted[name], atol=2e-5, err_msg=name)
         kinds = [node.op_type for node in model.graph.node]
         assert kinds == (
             ["Concat", "MatMulNBits", "Add", "Split", "MatMulNBits", "Add"]
@@ -139,7 +149,7 @@ def test_what_only_a_branch_reads_stays() -> None:
         helper.make_node("If", ["c"], ["z"], then_branch=branches[0], else_branch=branches[1])
     )
     for number, name in enumerate(("one", "two", "unread")):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(number), name))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(number, np.float32), name))
     replace_nodes(model.graph, list(model.graph.node))
     names = {tensor.name for tensor in model.graph.initializer}
     assert {"one", "two"} < names and "unread" not in names
@@ -151,10 +161,11 @@ def products(names: list[str], *, residual: bool) -> onnx.ModelProto:
         tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=[8, 32])
         tensor.data_location = onnx.TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="model.safetensors")
+        tensor.external_data.add(key="offset", value=str(number * 8 * 32 * 4))
         weights.append(tensor)
         bias = "rows" if residual and number == 2 else f"{name}.bias"
         if bias != "rows":
-            weights.append(onnx.numpy_helper.from_array(np.zeros(8, np.float32), bias))
+            weights.append(onnx.numpy_helper.from_array(np.arange(8, dtype=np.float32) + 10 * number, bias))
         nodes.append(helper.make_node("Gemm", ["x", name, bias], [f"y{number}"], transB=1))
     graph = helper.make_graph(
         nodes,
@@ -166,7 +177,7 @@ def products(names: list[str], *, residual: bool) -> onnx.ModelProto:
         [helper.make_tensor_value_info(f"y{n}", onnx.TensorProto.FLOAT, ["r", 8]) for n in range(3)],
         weights,
     )
-    return helper.make_model(graph)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
 def run(model: onnx.ModelProto, directory: Path, feeds: dict) -> dict[str, np.ndarray]:
