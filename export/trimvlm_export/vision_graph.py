@@ -10,6 +10,7 @@ import torch
 from trimvlm.encoder_rules import EncoderStage, VisionTaps, taps
 from trimvlm.profile import Grid
 from trimvlm_export.passes.bfloat16 import widen
+from trimvlm_export.passes.gelu import halve_inputs
 from trimvlm_export.passes.primitive import OPSET
 from trimvlm_export.source import Source
 from trimvlm_export.trace import MADE_OF, attach_weights, made_of, save, trace
@@ -85,5 +86,6 @@ def _write(
         outputs=dict.fromkeys(outputs),
         opset=OPSET,  # one graph for every target
     )
+    halve_inputs(model)
     attach_weights(model, weights, source.out)
     save(widen(model), source.out / file, properties={MADE_OF: "\n".join(sorted(names.values()))})
