@@ -36,7 +36,8 @@ def changing(directory: Path) -> Iterator[None]:
     with FileLock(directory / LOCK):
         finish(directory)
         for folder in directory.glob(f"{STAGED}*"):  # of a killed change
-            shutil.rmtree(folder)
+            if folder.is_dir():  # else the part of a file of a profile `staged`
+                shutil.rmtree(folder)
         yield
 
 

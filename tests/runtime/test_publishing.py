@@ -138,3 +138,14 @@ def test_a_manifest_changed_by_hand_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(text)))
     with pytest.raises(UserError, match="not a bundle manifest of format 3, or damaged at its beginning"):
         Bundle(directory)
+
+
+def test_a_file_that_begins_as_folders_do_is_left_alone(tmp_path: Path) -> None:
+    """A build writes `.<profile>.<target>...part` beside them, and a profile may be called `staged`."""
+    directory = write_toy_bundle(tmp_path / "bundle")
+    part = directory / f"{STAGED}some-target.decoder.onnx.part"
+    part.write_bytes(b"half")
+    (directory / f"{STAGED}killed").mkdir()
+    with changing(directory):
+        assert part.read_bytes() == b"half"
+        assert not (directory / f"{STAGED}killed").exists()
