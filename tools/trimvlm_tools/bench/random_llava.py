@@ -30,7 +30,7 @@ def make_config(geometry: Geometry):
         image_size=geometry.image,
         patch_size=geometry.patch,
         projection_dim=geometry.vision_hidden,
-        hidden_act="gelu",
+        hidden_act="quick_gelu",
     )
     text = LlamaConfig(
         vocab_size=geometry.vocab,
