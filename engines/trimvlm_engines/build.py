@@ -78,8 +78,9 @@ def build(
         library = open_library(target)
         made: dict[Role, Made] = {}
         todo = parts(bundle, name, entry, target)
-        if wanted := next((part.store for part in todo.values() if part.store), None):
-            bundle = ensure(bundle, wanted)
+        if stores := {part.store.name: part.store for part in todo.values() if part.store}:
+            for store in stores.values():
+                bundle = ensure(bundle, store)
             todo = parts(bundle, name, entry, target)
         for role, part in todo.items():
             found = find(bundle.manifest, target, library, role, part)
@@ -119,7 +120,7 @@ def check(bundle: Bundle, target: Target) -> None:
             f"runs {dtype} (trimvlm targets)"
         )
     weights = sum(bundle.manifest.files[name].bytes for name in bundle.manifest.weights)
-    if target.weights:  # at least; embeddings and vision stay as they are
+    if target.weights:  # at least; embeddings stay as they are
         weights = weights * target.weights.bits // (32 if dtype == "float32" else 16)
     if target.memory_gb is not None and weights > target.memory_gb * 2**30:
         raise UserError(

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trimvlm.backends.providers import CPU
-from trimvlm.bundle import Bundle, DecoderGraph, Entry
+from trimvlm.bundle import Bundle, DecoderGraph, Entry, Manifest
 from trimvlm.errors import UserError
 from trimvlm.images import pixel_shape
 from trimvlm.opening import on_cpu
 from trimvlm.schedule import Schedule
-from trimvlm.target import Target
+from trimvlm.target import BLOCKS, Target
 from trimvlm.value import Value
-from trimvlm_engines.quantizing import QUANTIZED, quantize
+from trimvlm_engines.quantizing import quantize
+from trimvlm_engines.rewriting import read_graph
 from trimvlm_engines.shapes import (
     ShapeRange,
     decoder_ranges,
@@ -77,24 +78,13 @@ def parts_of(
     decoder = entry.decoders.get(graph)
     if decoder is None:
         raise _no_decoder(bundle, entry, name, target)
-    weights = {file: manifest.files[file].sha256 for file in manifest.weights}
     pixels = pixel_shape(manifest.image, entry.model.grid)
-    found: dict[Role, Part] = {
-        "vision": Part(
-            graph=entry.vision,
-            plan=f"{Path(entry.vision).stem}.{target.name}.engine",
-            ranges={"pixel_values": images_range(pixels, target.limits, one=entry.model.grid is not None)},
-            sources={"graph": manifest.files[entry.vision].sha256, "weights": weights},
-        ),
-    }
+    images = images_range(pixels, target.limits, one=entry.model.grid is not None)
+    found: dict[Role, Part] = {"vision": _seeing(bundle, entry.vision, target, {"pixel_values": images})}
     if entry.projector:
         rows = entry.tower.views * entry.tower.patches  # not the profile's fewer: the plan is shared
-        found["projector"] = Part(
-            graph=entry.projector,
-            plan=f"{Path(entry.projector).stem}.{target.name}.engine",
-            ranges={"features": features_range(rows, entry.tower.width, target.limits)},
-            sources={"graph": manifest.files[entry.projector].sha256, "weights": weights},
-        )
+        features = features_range(rows, entry.tower.width, target.limits)
+        found["projector"] = _seeing(bundle, entry.projector, target, {"features": features})
     if entry.router:
         stored = str(Path(entry.router).with_suffix(".safetensors"))
         found["router"] = Part(
@@ -103,7 +93,7 @@ def parts_of(
             ranges=router_ranges(entry.model, target.limits),
             sources={
                 "graph": manifest.files[entry.router].sha256,
-                "weights": {**weights, stored: manifest.files[stored].sha256},
+                "weights": {**_hashes(manifest), stored: manifest.files[stored].sha256},
             },
         )
     ranges = decoder_ranges(schedule, target.limits, filled=not target.empty_tensors)
@@ -111,15 +101,19 @@ def parts_of(
     stores: list[Store] = []
 
     def rewrite(model: Any) -> dict[str, Any]:
-        stores.append(quantize(model, bundle, target))
-        return {QUANTIZED: {**msgspec.to_builtins(target.weights), "file": stores[0].name}}
+        assert target.weights
+        store = quantize(model, bundle, target, target.weights)
+        if store is None:
+            raise UserError(
+                f"target {target.name}: weights.block: no matrix of this model has rows of whole blocks, "
+                f"not even of {BLOCKS[-1]}; choose a target without `weights`"
+            )
+        stores.append(store)
+        return store.said
 
     whole = bundle.path(decoder)
     made = pieces(whole, target.limits, ranges, phases, rewrite if target.weights else None)
-    read = dict(weights)
-    for store in stores:  # a file that is still to be made has no hash
-        if store.name in manifest.files:
-            read[store.name] = manifest.files[store.name].sha256
+    read = _hashes(manifest, next(iter(stores), None))
     for piece in made:
         found[piece.role] = Part(
             graph=f"{name}.{target.name}.{piece.role}.onnx" if piece.graph else decoder,
@@ -136,6 +130,36 @@ def parts_of(
             },
         )
     return found
+
+
+def _seeing(bundle: Bundle, graph: str, target: Target, ranges: dict[str, ShapeRange]) -> Part:
+    """The tower or the projector, which profiles share."""
+    manifest, stem = bundle.manifest, Path(graph).stem
+    part = Part(
+        graph=graph,
+        plan=f"{stem}.{target.name}.engine",
+        ranges=ranges,
+        sources={"graph": manifest.files[graph].sha256, "weights": _hashes(manifest)},
+    )
+    if target.weights is None or target.weights.vision is None:
+        return part
+    model = read_graph(bundle.path(graph))
+    store = quantize(model, bundle, target, target.weights.vision)
+    if store is None:  # a projector without matrices, or with other rows
+        return part
+    return msgspec.structs.replace(
+        part,
+        graph=f"{stem}.{target.name}.onnx",
+        made=model.SerializeToString(),
+        sources={**part.sources, "weights": _hashes(manifest, store), **store.said},
+        store=store,
+    )
+
+
+def _hashes(manifest: Manifest, store: Store | None = None) -> dict[str, str]:
+    """Of the files of weights that a graph may read. One that is still to be made has none."""
+    names = [*manifest.weights, *([store.name] if store and store.name in manifest.files else [])]
+    return {name: manifest.files[name].sha256 for name in names}
 
 
 def _no_decoder(bundle: Bundle, entry: Entry, name: str, target: Target) -> UserError:

@@ -1,10 +1,31 @@
-"""What every rewriting of an ONNX graph ends with."""
+"""What every rewriting of an ONNX graph begins and ends with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from onnx import AttributeProto, GraphProto, NodeProto
+from trimvlm.errors import UserError
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto
+
+
+def read_graph(path: Path) -> ModelProto:
+    """A graph without its weights.
+
+    Raises:
+        UserError: onnx is not installed.
+    """
+    try:
+        import onnx
+    except ModuleNotFoundError:
+        raise UserError(
+            "limits.lm_head_columns, limits.layers_per_engine and weights need the package onnx; pip install "
+            "onnx, or leave them out of the target"
+        ) from None
+    return onnx.load(str(path), load_external_data=False)
 
 
 def replace_nodes(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
@@ -22,5 +43,5 @@ def _read(nodes: Sequence[NodeProto]) -> Iterator[str]:
     for node in nodes:
         yield from node.input
         for each in node.attribute:
-            if each.type == AttributeProto.GRAPH:
+            if each.type == each.GRAPH:
                 yield from _read(each.g.node)

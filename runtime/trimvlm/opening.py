@@ -85,12 +85,9 @@ def _of_engine(bundle: Bundle, name: str, target: str) -> dict[str, Any]:
     if engine is None:
         return {}
     if engine.backend not in PLAN_LIBRARIES:
-        return {
-            key: each
-            for options in engine.options.values()
-            for key, each in options.items()
-            if key == "provider"
-        }
+        providers = [options["provider"] for options in engine.options.values() if "provider" in options]
+        packed = [role for role, options in engine.options.items() if "quantized" in options]
+        return {**({"provider": providers[0]} if providers else {}), **({"packed": packed} if packed else {})}
     names = {file.sha256: each for each, file in bundle.manifest.files.items() if each.endswith(".onnx")}
     graphs = {
         role: bundle.path(options.get("piece") or names[options["graph"]])

@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from typing import Literal, get_args
 
+import msgspec
+
 from trimvlm.bundle import DecoderGraph, Dtype, Lowering
 from trimvlm.errors import UserError
 from trimvlm.schedule_checks import TENSORRT_TOPK_LIMIT
@@ -84,11 +86,11 @@ BLOCKS = (128, 64, 32, 16)
 
 
 class Weights(Value, frozen=True, kw_only=True):
-    """How the weights of a decoder's matrices are stored and read; see `trimvlm_engines.quantizing`.
+    """How weights of matrices are stored and read; see `trimvlm_engines.quantizing`.
 
     Attributes:
         bits: of each weight.
-        block: consecutive weights of a row that share a scale, at most; see `block_of`.
+        block: consecutive weights of a row that share a scale; for TensorRT at most, see `block_of`.
         activations: what they are multiplied with: `float`, as the graph computes; `int8`: activations are
             rounded too, block by block, which is faster and less exact (ONNX Runtime).
     """
@@ -96,6 +98,15 @@ class Weights(Value, frozen=True, kw_only=True):
     bits: Literal[4, 8]
     block: Literal[16, 32, 64, 128] = 32
     activations: Literal["float", "int8"] = "float"
+
+    @property
+    def vision(self) -> Weights | None:
+        """How those of the tower and the projector are; None: as in the checkpoint.
+
+        In 8 bits, and only where activations are rounded too: hundreds of rows are multiplied with each
+        matrix, which are faster by arithmetic in int8, not by fewer bytes.
+        """
+        return msgspec.structs.replace(self, bits=8) if self.activations == "int8" else None
 
     def block_of(self, width: int) -> int | None:
         """The largest block that `width` is a multiple of; None: not even of the smallest."""
@@ -142,7 +153,7 @@ class Target(Value, frozen=True, kw_only=True):
         compute_capability: SM of the GPU, e.g. `8.9`; None where nothing is built for one.
         build_on_device: the plan must be built on this very device (classic TensorRT).
         ranges: `joint`: one range of shapes for prefill and decode; `split`: one each.
-        weights: how the weights of the decoder's matrices are quantised; None: not at all.
+        weights: how weights are quantised; None: not at all.
         plan: how plans are made.
         memory_gb: usable memory in GiB; on a Jetson what Linux shows, which the system needs a part of.
         bandwidth_gb_s: of that memory, from the datasheet.

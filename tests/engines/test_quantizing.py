@@ -64,7 +64,7 @@ def test_graphs_agree(bundle: Path, scheme: Weights, method: str) -> None:
     _, entry = opened.entry(method)
     model = onnx.load(str(opened.path(entry.decoders["fused"])), load_external_data=False)
     schedule = Schedule.resolve(opened.profile(method), entry.model)
-    found = matrices(model, scheme)
+    found = matrices(model, scheme, "dequantize")  # in whole blocks, which both forms take
     assert len(found) == 7 * schedule.model.layers + 1, "every projection of every layer, and the head"
     feeds = prefill_feeds(schedule, text=6, before_image=2)
     outputs = {}
@@ -93,6 +93,29 @@ def test_graphs_agree(bundle: Path, scheme: Weights, method: str) -> None:
             assert np.allclose(outputs[form][name], value, atol=2e-5), (form, name)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("width", "block"), [(40, 32), (24, 128), (33, 16)])
+def test_the_last_block_of_a_row_may_be_short(tmp_path: Path, bits: int, width: int, block: int) -> None:
+    """For ONNX Runtime; TensorRT is given whole blocks or floats."""
+    rng, scheme = np.random.default_rng(9), Weights(bits=bits, block=block)  # type: ignore[arg-type]
+    weight = rng.normal(size=(8, width)).astype(np.float32)
+    weight.tofile(tmp_path / "model.safetensors")
+    model = products(["w"], residual=False, width=width)
+    whole = matrices(model, scheme, "dequantize")
+    assert [each.block for each in whole] == ([] if width % 16 else [16])
+    store = Store("matmul", scheme, "matmul", matrices(model, scheme, "matmul"))
+    quantize_graph(model, store)
+    with (tmp_path / "matmul").open("wb") as sink:
+        store.write(sink.write, tmp_path)
+    x = rng.normal(size=(3, width)).astype(np.float32)
+    codes, scales = quantize(weight, bits, block, np.dtype(np.float32))
+    rounded = dequantize(codes, scales, bits)
+    assert not rounded[:, width:].any()
+    wanted = x @ rounded[:, :width].T + np.arange(8)
+    feeds = {"x": x, "rows": np.zeros((3, 8), np.float32)}
+    np.testing.assert_allclose(run(model, tmp_path, feeds)["y0"], wanted, atol=2e-5)
+
+
 def test_what_reads_the_same_rows_is_one_product(bundle: Path) -> None:
     """Keys, values and queries; without the queries where those are of fewer rows, as the last layer's."""
     opened, scheme = Bundle(bundle), Weights(bits=4, block=16)
@@ -100,7 +123,7 @@ def test_what_reads_the_same_rows_is_one_product(bundle: Path) -> None:
         _, entry = opened.entry(method)
         model = onnx.load(str(opened.path(entry.decoders["fused"])), load_external_data=False)
         before = collections.Counter(node.op_type for node in model.graph.node)
-        quantize_graph(model, Store("store", scheme, "matmul", matrices(model, scheme)))
+        quantize_graph(model, Store("store", scheme, "matmul", matrices(model, scheme, "matmul")))
         after = collections.Counter(node.op_type for node in model.graph.node)
         splits = [node for node in model.graph.node if node.name.endswith(".split")]
         assert sorted(len(node.output) for node in splits) == sorted(merged)
@@ -120,7 +143,7 @@ def test_a_bias_is_merged_and_a_residual_is_not(tmp_path: Path) -> None:
         names = [f"layers.0.self_attn.{each}_proj.weight" for each in "kvq"]
         model, plain = (products(names, residual=residual) for _ in range(2))
         for made, form in ((model, "matmul"), (plain, "dequantize")):
-            store = Store(form, scheme, form, matrices(made, scheme))
+            store = Store(form, scheme, form, matrices(made, scheme, form))
             quantize_graph(made, store)
             with (tmp_path / form).open("wb") as sink:
                 store.write(sink.write, tmp_path)
@@ -155,13 +178,13 @@ def test_what_only_a_branch_reads_stays() -> None:
     assert {"one", "two"} < names and "unread" not in names
 
 
-def products(names: list[str], *, residual: bool) -> onnx.ModelProto:
+def products(names: list[str], *, residual: bool, width: int = 32) -> onnx.ModelProto:
     weights, nodes = [], []
     for number, name in enumerate(names):
-        tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=[8, 32])
+        tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=[8, width])
         tensor.data_location = onnx.TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="model.safetensors")
-        tensor.external_data.add(key="offset", value=str(number * 8 * 32 * 4))
+        tensor.external_data.add(key="offset", value=str(number * 8 * width * 4))
         weights.append(tensor)
         bias = "rows" if residual and number == 2 else f"{name}.bias"
         if bias != "rows":
@@ -171,10 +194,10 @@ def products(names: list[str], *, residual: bool) -> onnx.ModelProto:
         nodes,
         "g",
         [
-            helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["r", 32]),
+            helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["r", width]),
             helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, ["r", 8]),
         ],
-        [helper.make_tensor_value_info(f"y{n}", onnx.TensorProto.FLOAT, ["r", 8]) for n in range(3)],
+        [helper.make_tensor_value_info(f"y{n}", onnx.TensorProto.FLOAT, ["r", 8]) for n in range(len(names))],
         weights,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

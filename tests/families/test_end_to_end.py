@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from operator_list import refused
@@ -30,11 +31,16 @@ from trimvlm.schedule import resolve
 from trimvlm.session import Session
 from trimvlm.text import Turn
 from trimvlm_calib.files import save_profile
+from trimvlm_calib.samples import load_samples
+from trimvlm_engines.build import build
+from trimvlm_export import families
 from trimvlm_export.checkpoint import model_spec
 from trimvlm_export.loading import Preparation, load_model
 from trimvlm_export.processing import image_processing
 from trimvlm_export.reference import Reference
 from trimvlm_tools.cli import main
+from trimvlm_tools.parity.check import HuggingFace, check
+from trimvlm_tools.parity.quantized import quantized
 
 TOKENS = 32
 
@@ -145,6 +151,39 @@ def test_checked_by_the_command_line(
     }
     assert bad == {} and code == 0
     assert len(reports) == 5
+
+
+@pytest.mark.parametrize("kind", ["dense", "hiprune"])
+def test_a_quantised_tower_and_its_reference(bundle: Path, photographs: list[Path], kind: str) -> None:
+    """Int8 activations: every matrix that the tower and the projector multiply with is quantised, and is so
+    in the Hugging Face model too, which sees the same."""
+    (name,) = (each for each in Bundle(bundle).manifest.profiles if each.partition("@")[0] == kind)
+    build(bundle, "ort-cpu-int4a8x128", name)
+    opened = Bundle(bundle)
+    entry = opened.entry(name)[1]
+    hf = HuggingFace(opened, entry.model.grid, quantized(entry, "ort-cpu-int4a8x128"))
+    plain = dict(HuggingFace(opened, entry.model.grid).model.named_parameters())
+    prefix = families.of(hf.model.config.model_type).DECODER_PREFIX
+    rounded = {
+        each
+        for each, values in hf.model.named_parameters()
+        if not each.startswith((prefix, "lm_head")) and not torch.equal(values, plain[each])
+    }
+    graphs = [
+        onnx.load(str(bundle / each), load_external_data=False)
+        for each in (entry.vision, entry.projector)
+        if each
+    ]
+    stored = {tensor.name for graph in graphs for tensor in graph.graph.initializer if tensor.external_data}
+    read = {node.input[1] for graph in graphs for node in graph.graph.node if node.op_type == "Gemm"}
+    assert len(rounded) == len(stored & read) > 6
+    report = check(
+        opened, name, load_samples(photographs[0].parent), data="photographs", max_new_tokens=1, hf=hf,
+        target="ort-cpu-int4a8x128",
+    )  # fmt: skip
+    (rung,) = (rung for rung in report.rungs if "free running" in rung.name)
+    (visual,) = (each for each in rung.metrics if each.name.startswith("vision features") and each.limit)
+    assert visual.verdict != "FAIL" and visual.value > 1e-4
 
 
 def test_two_images_and_two_turns(

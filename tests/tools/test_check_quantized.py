@@ -17,6 +17,7 @@ from tiny_models import noise_image, tiny_bundle
 
 from trimvlm import Session
 from trimvlm.bundle import Bundle
+from trimvlm.encoder_rules import EncoderStage, VisPruner
 from trimvlm.errors import UserError
 from trimvlm.profile import Decisions, Select
 from trimvlm.rules import LastRowAttention
@@ -25,12 +26,17 @@ from trimvlm_calib.samples import load_samples
 from trimvlm_engines import build as build_module
 from trimvlm_engines import targets
 from trimvlm_engines.build import build
+from trimvlm_engines.parts import parts
+from trimvlm_engines.quantizing.codes import dequantize, quantize
 from trimvlm_engines.quantizing.store import matrices
+from trimvlm_export.families._towers import PROJECTOR, TOWER
 from trimvlm_tools.cli import main
 from trimvlm_tools.parity.check import HuggingFace, check
+from trimvlm_tools.parity.quantized import quantized
 
 METHODS = {
     "dense": Decisions(),
+    "staged": Decisions(encoder=EncoderStage(keep=8, by=VisPruner(attention=1, features=1))),
     "late": Decisions(
         inject=1, exit=3, select=(Select(layer=2, keep=5, by=LastRowAttention(attention="own")),)
     ),
@@ -146,17 +152,26 @@ def test_a_stopped_build_leaves_nothing_that_cannot_be_mended(
 
 
 def test_rows_that_are_no_whole_blocks(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Smaller blocks, as large as fit; a model that none fits is refused."""
+    """ONNX Runtime takes a short block at the end of a row. TensorRT gets smaller blocks, as large as fit; a
+    model that none fits is refused."""
     engine = build(bundle, "ort-cpu-int4x128", "dense")
     piece = onnx.load(str(bundle / engine.graphs["decoder"]), load_external_data=False)
     products = [node for node in piece.graph.node if node.op_type == "MatMulNBits"]
     assert len(products) == 5 * 4 + 2  # keys, values and queries are one but in the last layer
-    for node in products:
-        said = {each.name: each.i for each in node.attribute}
-        assert said["K"] % said["block_size"] == 0 != said["K"] % (2 * said["block_size"])
+    attributes = [{each.name: each.i for each in node.attribute} for node in products]
+    assert {said["block_size"] for said in attributes} == {128}
+    assert all(said["K"] % 128 for said in attributes)
+    opened, target = Bundle(bundle), targets.load("rtx-4090-int4x128")
+    made = parts(opened, *opened.entry("dense"), target)["decoder"].made
+    assert made is not None
+    model = onnx.load_from_string(made)
+    width = {each.name: each.dims[1] for each in model.graph.initializer if each.name.endswith(".codes")}
+    for node in (each for each in model.graph.node if each.op_type == "DequantizeLinear"):
+        (block,) = (each.i for each in node.attribute if each.name == "block_size")
+        assert width[node.input[0]] % block == 0 != width[node.input[0]] % (2 * block)
     monkeypatch.setattr("trimvlm.target.BLOCKS", (128,))
     with pytest.raises(UserError, match=r"weights\.block: no matrix of this model has rows of whole blocks"):
-        build(bundle, "ort-cpu-int8x128", "dense")
+        parts(opened, *opened.entry("dense"), target)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -211,7 +226,7 @@ def test_fit_counts_the_codes(bundle: Path, capsys: pytest.CaptureFixture[str]) 
         sizes[target] = weights["bytes"]
     opened = Bundle(bundle)
     model = onnx.load(str(opened.path(opened.entry("dense")[1].decoders["fused"])), load_external_data=False)
-    values = sum(each.rows * each.width for each in matrices(model, Weights(bits=4)))
+    values = sum(each.rows * each.width for each in matrices(model, Weights(bits=4), "matmul"))
     assert sizes["ort-cpu"] - sizes["ort-cpu-int8"] == values * 4 - values - values // 32 * 4
     assert sizes["ort-cpu-int8"] - sizes["ort-cpu-int4"] == values // 2
 
@@ -238,3 +253,50 @@ def test_names_of_targets() -> None:
         msgspec.structs.replace(plain, name="vision")
     with pytest.raises(UserError, match="no target 'ort-cpu-int5'"):
         targets.load("ort-cpu-int5")
+
+
+def test_int8_activations_bring_the_tower_to_eight_bits(bundle: Path, data: Path) -> None:
+    """And the projector, whatever the decoder's bits; alone where an encoder stage works between them. The
+    reference computes with what the codes stand for."""
+    plain, engine = (build(bundle, target, "staged") for target in ("ort-cpu-int4", "ort-cpu-int4a8x128"))
+    assert {role for role in plain.options if "quantized" in plain.options[role]} == {"decoder"}
+    said = {role: options["quantized"] for role, options in engine.options.items()}
+    assert {role: each["bits"] for role, each in said.items()} == {"vision": 8, "projector": 8, "decoder": 4}
+    assert len({each["file"] for each in said.values()}) == 3
+    model = onnx.load(str(bundle / engine.graphs["vision"]), load_external_data=False)
+    assert "Gemm" not in {node.op_type for node in model.graph.node}
+    shared = build(bundle, "ort-cpu-int4a8x128", "dense")
+    assert shared.graphs["vision"] == build(bundle, "ort-cpu-int4a8x128", "late").graphs["vision"]
+
+    opened = Bundle(bundle)
+    untouched = dict(HuggingFace(opened).model.named_parameters())
+    hf = HuggingFace(opened, None, quantized(opened.entry("staged")[1], "ort-cpu-int4a8x128"))
+    seeing = (*(f"{TOWER}encoder.layers.{layer}." for layer in (0, 1)), PROJECTOR)
+    found = {name: each for name, each in hf.model.named_parameters() if name.startswith(seeing)}
+    rounded = {name: weight.detach().numpy() for name, weight in found.items() if weight.ndim == 2}
+    assert len(rounded) == 2 * 6 + 2, "of two layers of the tower, and of the projector"
+    for name, weight in rounded.items():
+        whole = untouched[name].detach().numpy()
+        codes, scales = quantize(whole, 8, 128, np.dtype(np.float32))
+        assert np.array_equal(weight, dequantize(codes, scales, 8)[:, : weight.shape[1]]), name
+        assert not np.array_equal(weight, whole)
+
+    report = check(opened, "staged", load_samples(data), data="tiny", target="ort-cpu-int4a8x128", hf=hf)
+    (rung,) = (rung for rung in report.rungs if "free running" in rung.name)
+    (visual,) = (each for each in rung.metrics if each.name.startswith("vision features") and each.limit)
+    assert visual.verdict in ("PASS", "AMBIGUOUS")  # its patches may tie
+    assert visual.value > 1e-3, "rounded activations are seen"
+
+
+def test_codes_are_packed_even_to_save_memory(bundle: Path) -> None:
+    """For codes as they lie in the file there is no kernel: a token would take ten times as long."""
+    build(bundle, "ort-cpu-int4a8", "dense")
+    off = {}
+    for target in ("ort-cpu", "ort-cpu-int4a8"):
+        with Session.open(bundle, "dense", target, low_memory=True) as session:
+            options = session._runner.backends["dense"].sessions["decoder"].get_session_options()
+            try:
+                off[target] = options.get_session_config_entry("session.disable_prepacking")
+            except RuntimeError:
+                off[target] = None
+    assert off == {"ort-cpu": "1", "ort-cpu-int4a8": None}

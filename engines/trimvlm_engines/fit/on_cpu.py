@@ -49,8 +49,13 @@ def memory(bundle: Bundle, subject: Subject, request: Request, value_bytes: int)
     runtime = PRIVATE + TOKENIZER * bundle.manifest.files[bundle.manifest.text.tokenizer].bytes
     every = [(name, weight) for graph in subject.graphs.values() for name, weight in graph.weights.items()]
     weights = sum(weight.bytes for _, weight in every if not weight.looked_up)
-    decoder = subject.graphs["decoder"].weights
-    copies = {name: weight.bytes for name, weight in decoder.items() if not weight.looked_up}
+    packed = [role for role, part in subject.parts.items() if decodes(role) or part.store]
+    copies = {
+        name: weight.bytes
+        for role in packed
+        for name, weight in subject.graphs[role].weights.items()
+        if not weight.looked_up
+    }
     copied, most = max(copies.items(), key=lambda copy: copy[1], default=("none", 0))
     rows = request.text + request.new_tokens
     tables = sum(min(weight.bytes, LOOK_UP * rows) for _, weight in every if weight.looked_up)
@@ -58,7 +63,9 @@ def memory(bundle: Bundle, subject: Subject, request: Request, value_bytes: int)
     pieces = (
         Piece(name="runtime", bytes=runtime + ANSWERING, basis="measured"),
         Piece(name="shared libraries", bytes=LIBRARIES, basis="measured", note="mapped"),
-        Piece(name="weights", bytes=weights, basis="counted", note="the decoder's are private copies"),
+        Piece(
+            name="weights", bytes=weights, basis="counted", note="the decoder's and codes are private copies"
+        ),
         Piece(name="tables", bytes=tables, basis="counted", note="mapped: rows that are looked up"),
         Piece(name="KV cache", bytes=sum(layers), basis="counted"),
         Piece(name="room in the KV cache", bytes=room, basis="counted", note=f"{ROOM} rows of each layer"),

@@ -1,7 +1,7 @@
-"""Weight-only quantisation of a decoder graph, made at build time for targets whose `weights` ask for it.
+"""Quantised weights of a part's graph, made at build time for targets whose `weights` ask for it.
 
-The matrices of the layers and the language model head become blocks of integers with a scale each;
-activations, norms, biases and embeddings stay as they are. ONNX Runtime gets `MatMulNBits`, TensorRT a
+The matrices of the layers and the language model head become blocks of integers with a scale each; norms,
+biases, convolutions and embeddings stay as they are. ONNX Runtime gets `MatMulNBits`, TensorRT a
 `DequantizeLinear` before each matrix product. Builds of a bundle that want the same matrices in the same form
 share one file.
 """
@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trimvlm.bundle import Bundle, Manifest
-from trimvlm.errors import UserError
-from trimvlm.target import BLOCKS, Target
+from trimvlm.target import Target, Weights
 from trimvlm_engines import record
 
 if TYPE_CHECKING:
@@ -32,21 +31,17 @@ SCHEME = 2  # number of the rule in `codes.quantize` and of the file's order: an
 MATMUL = ("CPUExecutionProvider", "CUDAExecutionProvider")  # have a kernel for MatMulNBits
 
 
-def quantize(model: onnx.ModelProto, bundle: Bundle, target: Target) -> Store:
-    """Makes a decoder graph read quantised weights, in place; `ensure` makes their file."""
+def quantize(model: onnx.ModelProto, bundle: Bundle, target: Target, weights: Weights) -> Store | None:
+    """Makes a graph read quantised weights, in place; `ensure` makes their file. None: no weight can be."""
     from trimvlm_engines.quantizing.graph import quantize_graph
     from trimvlm_engines.quantizing.store import Store, matrices
 
-    assert target.weights
-    found = matrices(model, target.weights)
-    if not found:
-        raise UserError(
-            f"target {target.name}: weights.block: no matrix of this model has rows of whole blocks, "
-            f"not even of {BLOCKS[-1]}; choose a target without `weights`"
-        )
     form = "matmul" if target.provider in MATMUL else "dequantize"
-    kind = f"int{target.weights.bits}x{target.weights.block}.{form}.{_digest(bundle.manifest, found)}"
-    store = Store(f"{record.STORES}{kind}.safetensors", target.weights, form, found)
+    found = matrices(model, weights, form)
+    if not found:
+        return None
+    kind = f"int{weights.bits}x{weights.block}.{form}.{_digest(bundle.manifest, found)}"
+    store = Store(f"{record.STORES}{kind}.safetensors", weights, form, found)
     quantize_graph(model, store)
     return store
 

@@ -52,7 +52,7 @@ def quantize_graph(model: onnx.ModelProto, store: Store) -> None:
 
 def _tensors(matrix: Matrix, store: Store) -> list[TensorProto]:
     """Codes and scales as the store's operator takes them."""
-    rows, bits, blocks = matrix.rows, store.weights.bits, matrix.width // matrix.block
+    rows, bits, blocks = matrix.rows, store.weights.bits, matrix.blocks
     if store.form == "matmul":
         codes, kind = (rows, blocks, matrix.block * bits // 8), TensorProto.UINT8
         scales: Sequence[int] = (rows * blocks,)

@@ -9,6 +9,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ TOGETHER = ("k_proj.weight", "v_proj.weight", "q_proj.weight")
 class Matrix(NamedTuple):
     """A weight [rows, width] of a Gemm, in the bundle's weight files; `kind` is ONNX's type.
 
-    `block` consecutive values of a row share a scale.
+    `block` consecutive values of a row share a scale; the last block of a row may have fewer.
     """
 
     name: str
@@ -46,21 +47,27 @@ class Matrix(NamedTuple):
     offset: int
     block: int
 
+    @property
+    def blocks(self) -> int:
+        """Of a row."""
+        return -(-self.width // self.block)
+
     def read(self, directory: Path) -> NDArray[Any]:
         """[rows, width], mapped."""
         dtype = TYPES[self.kind][1]
         return np.memmap(directory / self.location, dtype, "r", self.offset, (self.rows, self.width))
 
 
-def matrices(model: onnx.ModelProto, weights: Weights) -> tuple[Matrix, ...]:
-    """Weights of the graph's Gemms, each in the largest blocks that fit; some have rows that none fits."""
+def matrices(model: onnx.ModelProto, weights: Weights, form: Form) -> tuple[Matrix, ...]:
+    """Weights of the graph's Gemms; for `dequantize` in blocks that fit, and without those that none fits."""
     read = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
     found: list[Matrix] = []
     for tensor in model.graph.initializer:
         if tensor.name not in read or tensor.data_location != TensorProto.EXTERNAL or len(tensor.dims) != 2:
             continue
         rows, width = tensor.dims
-        if tensor.data_type in TYPES and (block := weights.block_of(width)):
+        block = weights.block if form == "matmul" else weights.block_of(width)
+        if tensor.data_type in TYPES and block:
             said = {entry.key: entry.value for entry in tensor.external_data}
             place = said["location"], int(said.get("offset", 0))
             found.append(Matrix(tensor.name, tensor.data_type, rows, width, *place, block))
@@ -86,7 +93,7 @@ class Place(NamedTuple):
 class Store:
     """A file of quantised weights (safetensors), made or to be made.
 
-    Its tensors are `<weight>.codes` [rows, width * bits / 8] and `<weight>.scales` [rows, width / its block].
+    Its tensors are `<weight>.codes` [rows, bytes of whole blocks] and `<weight>.scales` [rows, blocks].
 
     Attributes:
         name: of the file in the bundle.
@@ -98,6 +105,11 @@ class Store:
         self.name, self.weights, self.form, self.matrices = name, weights, form, matrices
         self.groups = [tuple(group) for _, group in groupby(matrices, _group)]
 
+    @property
+    def said(self) -> dict[str, Any]:
+        """What an Engine's options say of it."""
+        return {"quantized": {**msgspec.to_builtins(self.weights), "file": self.name}}
+
     @cached_property
     def _header(self) -> tuple[bytes, dict[str, Place]]:
         said: dict[str, Any] = {}
@@ -105,8 +117,8 @@ class Store:
         for group in self.groups:
             kind, dtype = TYPES[group[0].kind]
             for part, stored, width, size in (
-                ("codes", "U8", group[0].width * bits // 8, 1),
-                ("scales", kind, group[0].width // group[0].block, dtype.itemsize),
+                ("codes", "U8", group[0].blocks * group[0].block * bits // 8, 1),
+                ("scales", kind, group[0].blocks, dtype.itemsize),
             ):
                 for each in group:
                     begin, end = end, end + each.rows * width * size

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trimvlm.errors import UserError
 from trimvlm.target import Limits
+from trimvlm_engines.rewriting import read_graph
 from trimvlm_engines.shapes import ShapeRange
 
 if TYPE_CHECKING:
@@ -59,16 +59,9 @@ def pieces(
     whole = Piece("decoder", None, {}, dict(ranges), tuple(dict(phase) for phase in phases))
     if rows is None and layers is None and rewrite is None:
         return [whole]
-    try:
-        import onnx
-    except ModuleNotFoundError:
-        raise UserError(
-            "limits.lm_head_columns, limits.layers_per_engine and weights need the package onnx; pip install "
-            "onnx, or leave them out of the target"
-        ) from None
+    model = read_graph(graph)
     from trimvlm_engines.splitting.vocabulary import split_vocabulary
 
-    model = onnx.load(str(graph), load_external_data=False)
     how: dict[str, Any] = {}
     if rows is not None and split_vocabulary(model, rows):
         how["lm_head_columns"] = rows

@@ -6,7 +6,7 @@ On the CPU, or through the providers for CUDA and TensorRT-RTX, which were never
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,7 @@ def open_backend(
     device: int = 0,
     threads: int | None = None,
     low_memory: bool = False,
+    packed: Collection[str] = (),
 ) -> OnnxRuntimeBackend:
     """Makes the backend; sessions are created by `with`.
 
@@ -50,6 +51,8 @@ def open_backend(
         low_memory: keep the decoder's weights, too, in the mapped files instead of a prepacked private copy
             (measured on 482 MB of weights: 32 MB instead of 457 MB of private memory, prefill 8 % and decode
             29 % slower).
+        packed: roles whose weights are codes. They are always packed: for codes as they lie in the file there
+            is no kernel, each run would make floats of them first.
 
     Raises:
         UserError: ONNX Runtime is not installed or lacks the provider, or `threads` is no positive number.
@@ -71,7 +74,7 @@ def open_backend(
         # Reused buffers stay allocated from their first use to their last: here the three widest of a feed
         # forward network, while attention needs its scores (measured: 20 MB of 100 at 608 rows of 1024).
         made.enable_mem_reuse = False
-        if low_memory or part_of(role) != "decoder":
+        if role not in packed and (low_memory or part_of(role) != "decoder"):
             # A tower multiplies hundreds of rows with each matrix, whose packing is then next to nothing (0
             # to 2 % of SigLIP's time); a copy of 1.6 GB takes two seconds to open.
             made.add_session_config_entry("session.disable_prepacking", "1")

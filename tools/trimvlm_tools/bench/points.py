@@ -140,9 +140,8 @@ def weight_bytes(setting: Setting, dense: Profile) -> float:
         return 4.0
     manifest = Bundle(setting.bundle).manifest
     engine = manifest.profiles[dense.key].engines[TARGETS[setting.precision]]
-    files = {options["quantized"]["file"] for options in engine.options.values() if "quantized" in options}
-    total = sum(manifest.files[file].bytes for file in files)
-    return total / weight_values(Schedule.resolve(dense, dense.model))
+    stored = manifest.files[engine.options["decoder"]["quantized"]["file"]].bytes
+    return stored / weight_values(Schedule.resolve(dense, dense.model))
 
 
 def _own(setting: Setting, profile: Profile, name: str, point: Point, ids_S: NDArray[np.int64]) -> Contender:

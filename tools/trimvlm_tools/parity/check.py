@@ -64,7 +64,7 @@ def check(
     codes = quantized(entry, target)
     hf = hf or HuggingFace(bundle, entry.model.grid, codes)
     router = make_router(bundle, pruning, hf.model)
-    limits = LIMITS["int8 activations" if codes and codes.activations == "int8" else manifest.dtype]
+    limits = LIMITS["int8 activations" if any(c.activations == "int8" for c in codes) else manifest.dtype]
     plain = Worst(LIMITS["float32"])
     free, forced = (Worst(limits, thresholds_of(schedule)) for _ in range(2))
     chooses = bool(schedule.stages or schedule.skip_stages or stage)
@@ -132,7 +132,7 @@ class HuggingFace:
     """The checkpoint inside a bundle, loaded in float32 by transformers, for images of one grid; with `codes`
     its matrices are what quantised weights stand for."""
 
-    def __init__(self, bundle: Bundle, grid: Grid | None = None, codes: Codes | None = None) -> None:
+    def __init__(self, bundle: Bundle, grid: Grid | None = None, codes: Sequence[Codes] = ()) -> None:
         from trimvlm_export.loading import Preparation, load_model
 
         directory = bundle.path(bundle.manifest.weights[0]).parent

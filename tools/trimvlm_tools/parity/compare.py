@@ -54,7 +54,7 @@ LIMITS = {
         visual=5e-3, logits=1e-2, kv=2e-2, score_margin=1e-3, skip_margin=2.5e-2, tower_noise=2**-11
     ),
     "int8 activations": Limits(
-        visual=1e-4, logits=8e-2, kv=2e-1, score_margin=8e-3, skip_margin=1.5e-1, tower_noise=1e-5
+        visual=5e-2, logits=8e-2, kv=2e-1, score_margin=8e-3, skip_margin=1.5e-1, tower_noise=2**-7
     ),
     "bfloat16": Limits(
         visual=4e-2, logits=8e-2, kv=1e-1, score_margin=8e-3, skip_margin=1.5e-1, tower_noise=2**-8

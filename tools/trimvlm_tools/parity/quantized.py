@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from trimvlm.bundle import Bundle, Entry
@@ -12,22 +13,23 @@ EMBEDDINGS = "embed_tokens."  # also the head's name where both are one tensor
 
 
 class Codes(NamedTuple):
-    """What an Engine says of its quantised weights: the bundle's file, and how it is read."""
+    """What an Engine says of the quantised weights of one part, and the bundle's graph it was made of."""
 
+    graph: str
     file: str
     bits: int
     block: int
     activations: str
 
 
-def quantized(entry: Entry, target: str) -> Codes | None:
-    """Of a target that ONNX Runtime runs; None: its weights are those of the checkpoint.
+def quantized(entry: Entry, target: str) -> tuple[Codes, ...]:
+    """Of a target that ONNX Runtime runs; none: its weights are those of the checkpoint.
 
     Raises:
         UserError: no engine was built for it, or no library that the reference can be compared with runs it.
     """
     if target == ORT_CPU:
-        return None
+        return ()
     engine = entry.engines.get(target)
     if engine is None or engine.backend != "onnxruntime":
         known = sorted(name for name, each in entry.engines.items() if each.backend == "onnxruntime")
@@ -36,11 +38,13 @@ def quantized(entry: Entry, target: str) -> Codes | None:
             f"are {', '.join({ORT_CPU: None, **dict.fromkeys(known)})}; engines of others are compared with "
             "--goldens, on their device"
         )
-    said = next((each["quantized"] for each in engine.options.values() if "quantized" in each), None)
-    return Codes(**said) if said else None
+    graphs = {"vision": entry.vision, "projector": entry.projector}
+    decoder = next(iter(entry.decoders.values()))
+    found = {role: each["quantized"] for role, each in engine.options.items() if "quantized" in each}
+    return tuple(Codes(graph=graphs.get(role) or decoder, **said) for role, said in found.items())
 
 
-def take_codes(model: Any, bundle: Bundle, codes: Codes) -> None:
+def take_codes(model: Any, bundle: Bundle, parts: Sequence[Codes]) -> None:
     """Puts the values that the codes stand for into a transformers model, in place of its matrices."""
     import torch
     from safetensors import safe_open
@@ -51,15 +55,36 @@ def take_codes(model: Any, bundle: Bundle, codes: Codes) -> None:
     family = families.of(model.config.model_type)
     parameters = dict(model.named_parameters())
     head: dict[int, torch.Tensor] = {}
-    with safe_open(bundle.path(codes.file), "np") as stored:
-        for key in {key.rpartition(".")[0] for key in stored.keys()}:  # noqa: SIM118 - no mapping
-            packed, scales = (stored.get_tensor(f"{key}.{part}") for part in ("codes", "scales"))
-            values = torch.from_numpy(dequantize(unpack(packed, codes.bits), scales, codes.bits))
-            name, _, first = key.rpartition("weight")  # a head in pieces: `lm_head.weight.16384`
-            if name in (EMBEDDINGS, family.LM_HEAD):
-                head[int(first[1:] or 0)] = values
-            else:
-                parameters[f"{family.DECODER_PREFIX}{key}"].data.copy_(values)
+    for codes in parts:
+        names = _parameter_names(bundle, codes.graph)
+        with safe_open(bundle.path(codes.file), "np") as stored:
+            for key in {key.rpartition(".")[0] for key in stored.keys()}:  # noqa: SIM118 - no mapping
+                packed, scales = (stored.get_tensor(f"{key}.{part}") for part in ("codes", "scales"))
+                values = torch.from_numpy(dequantize(unpack(packed, codes.bits), scales, codes.bits))
+                name, _, first = key.rpartition("weight")  # a head in pieces: `lm_head.weight.16384`
+                if name in (EMBEDDINGS, family.LM_HEAD):
+                    head[int(first[1:] or 0)] = values
+                else:
+                    weight = parameters[family.canonical(names[key])].data
+                    weight.copy_(values[:, : weight.shape[1]])
     whole = torch.cat([head[first] for first in sorted(head)]) if head else None
     if whole is not None:  # it may have been the embeddings
-        model.get_output_embeddings().weight = torch.nn.Parameter(whole, requires_grad=False)
+        output = model.get_output_embeddings()
+        whole = whole[:, : output.weight.shape[1]]
+        output.weight = torch.nn.Parameter(whole, requires_grad=False)
+
+
+def _parameter_names(bundle: Bundle, graph: str) -> dict[str, str]:
+    """From names of a graph's weights to those of the checkpoint, by where their bytes are."""
+    import onnx
+
+    from trimvlm_export.checkpoint import read_header
+
+    files = bundle.manifest.weights
+    at = {(file, str(each.offset)): each.name for file in files for each in read_header(bundle.path(file))}
+    found = {}
+    for tensor in onnx.load(str(bundle.path(graph)), load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place:
+            found[tensor.name] = at[place["location"], place["offset"]]
+    return found
