@@ -94,7 +94,8 @@ def measure_answers(
     result = race_in_groups(
         everybody[1:],
         always=everybody[:1],
-        needs={each.name: round(1.5 * weights + 2e9) for each in everybody},
+        needs={each.name: round(1.05 * weights + 1e9) for each in ours}
+        | {each.name: round(1.5 * weights + 2e9) for each, _, _ in theirs},
         runs=setting.runs,
         processes=setting.processes,
         save={},
