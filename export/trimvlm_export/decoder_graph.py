@@ -15,6 +15,7 @@ from trimvlm.schedule import Schedule
 from trimvlm_export.decoder import Decoder
 from trimvlm_export.passes.causal import attend_in_pieces
 from trimvlm_export.passes.in_place import to_in_place
+from trimvlm_export.passes.one_row import attend_to_one_row
 from trimvlm_export.passes.primitive import to_primitive
 from trimvlm_export.passes.residual import add_in_products
 from trimvlm_export.passes.scaled import scale_queries
@@ -47,6 +48,7 @@ def export_decoder(
         changed = model.clone()
         if layers := to_in_place(changed):
             attend_in_pieces(changed, schedule, layers)
+            attend_to_one_row(changed, schedule, layers)
             scale_queries(changed)
             add_in_products(changed)
             files["in_place"] = f"{name}.decoder.in_place.onnx"

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from shared_bundle import shared_bundle
-from tiny_models import tiny_bundle
+from tiny_models import tiny_bundle, tiny_llava
 
 from trimvlm import accounting
 from trimvlm.backends import load_backend
@@ -19,11 +19,13 @@ from trimvlm.backends.caches import LAYERS, ROOM, Kept
 from trimvlm.bundle import Bundle
 from trimvlm.decoding import Decoder, prefill_inputs, step_inputs
 from trimvlm.opening import IN_PLACE_SINCE, on_cpu
-from trimvlm.profile import Decisions, LayerRule, Select
+from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select
 from trimvlm.rules import LastRowAttention
 from trimvlm.schedule import Schedule
 from trimvlm.target import numbers
 from trimvlm.text import Prompt
+from trimvlm_export.checkpoint import model_spec
+from trimvlm_export.export import export
 
 OWN, PREVIOUS = LastRowAttention(attention="own"), LastRowAttention(attention="previous")
 DECISIONS = {
@@ -239,3 +241,51 @@ def test_graph_is_small(bundle: Bundle) -> None:
     files: dict[Any, str] = dict(bundle.manifest.profiles["dense"].decoders)
     sizes = {kind: Path(bundle.path(file)).stat().st_size for kind, file in files.items()}
     assert sizes["in_place"] < 1.5 * sizes["fused"]
+
+
+# Layers whose rows after the prompt see all that is cached, in one operator.
+IN_ONE = {"dense": 5, "late": 4, "ranked": 4, "uncached": 3, "blind": 4}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_one_row_after_the_prompt_takes_one_operator(bundle: Bundle, name: str, tmp_path: Path) -> None:
+    """ONNX Runtime's profile of a prompt, of a token, and of several rows without an image."""
+    backend, (rows, visual) = open_decoder(bundle, name, "in_place"), prompt(bundle, name, 1)
+    anew = open_decoder(bundle, name, "fused")
+    options = backend.options("decoder")
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    backend.options = lambda role: options
+    later = Prompt(
+        input_ids=np.arange(5, 8),
+        text_positions=np.arange(rows.length + 1, rows.length + 4),
+        visual_positions=np.zeros(0, np.int64),
+    )
+    logits: dict[str, list[np.ndarray]] = {}
+    with backend, anew:
+        for each in (backend, anew):
+            run = Decoder(each, list(each.outputs("decoder")))
+            first = run(prefill_inputs(rows, visual))
+            token = run(step_inputs(9, rows.length, first))
+            past = {key: value for key, value in step_inputs(0, 0, token).items() if key.startswith("past_")}
+            several = run(prefill_inputs(later, visual[:0]) | past)
+            logits[str(each is anew)] = [first["logits"], token["logits"], several["logits"]]
+        np.testing.assert_allclose(*logits.values(), atol=2e-5)
+        noted = json.loads(Path(backend.sessions["decoder"].end_profiling()).read_text())
+    ends = [each["ts"] + each["dur"] for each in noted if each["name"] == "model_run"]
+    ran = [each for each in noted if each["args"].get("op_name") == "GroupQueryAttention"]
+    assert [sum(each["ts"] < end for each in ran) for end in ends] == [0, IN_ONE[name], IN_ONE[name]], (
+        "and none of several rows"
+    )
+
+
+def test_grouped_heads_keep_their_attention(tmp_path: Path) -> None:
+    """`GroupQueryAttention` is slower there."""
+    checkpoint = tiny_llava(tmp_path / "model", layers=2, kv_heads=2)
+    profile = Profile(
+        name="dense", method=Method(name="dense"), model=model_spec(checkpoint), decisions=Decisions()
+    )
+    export(checkpoint, profile, tmp_path / "bundle")
+    bundle = Bundle(tmp_path / "bundle")
+    file = bundle.path(bundle.entry("dense")[1].decoders["in_place"])
+    model = onnx.load(str(file), load_external_data=False)
+    assert {each.domain for each in model.opset_import} == {""}

@@ -1,0 +1,256 @@
+"""Attention of one row in one operator: for ONNX Runtime's CPU, where every query head has a key head.
+
+A token after the prompt is one row, which sees every row that its layer has cached. ONNX Runtime's own
+`GroupQueryAttention` then does what ten operators do, and reads keys and values faster than `Attention` where
+no two query heads share them (with grouped heads it is slower). It wants rows in the order of their
+positions, which a prompt's are not: an `If` leaves those what they had.
+
+Shapes: R rows, H heads, C head size, B rows of the buffer, P rows in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from trimvlm.backends.caches import CACHE, PAST_ROWS
+from trimvlm.schedule import Schedule
+
+CONTRIB = "com.microsoft"
+INT32, INT64, BOOL = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL
+
+
+def attend_to_one_row(model: ir.Model, schedule: Schedule, layers: tuple[int, ...]) -> int:
+    """Gives those of the `layers` whose caches grow in place a way of their own for one row, in place.
+
+    Returns:
+        The number of layers that changed; none of a model with grouped heads.
+    """
+    graph = model.graph
+    if schedule.model.heads != schedule.model.kv_heads:
+        return 0
+    found = [chain for layer in layers if _sees_all(schedule, layer) and (chain := _chain(graph, layer))]
+    if found:
+        made = _OneRow(graph, schedule)
+        for chain in found:
+            made.branch(chain)
+        graph.sort()
+        model.opset_imports[CONTRIB] = 1
+    return len(found)
+
+
+class _Chain(NamedTuple):
+    """What a layer does between its products and the next.
+
+    Attributes:
+        queries, keys, values: products [R, H * C]; the first may have fewer rows.
+        tables: cosine and sine [1, R, C / 2] of queries, and of keys.
+        nodes: all operators from here to `result`, in their order.
+        result: [R, H * C].
+        presents: keys and values of the cache.
+        scale: of scores; None: the operator's default.
+    """
+
+    layer: int
+    queries: ir.Value
+    keys: ir.Value
+    values: ir.Value
+    tables: tuple[Sequence[ir.Value], Sequence[ir.Value]]
+    nodes: list[ir.Node]
+    result: ir.Value
+    presents: tuple[ir.Value, ir.Value]
+    scale: float | None
+
+
+def _sees_all(schedule: Schedule, layer: int) -> bool:
+    """Whether a row after the prompt sees every cached one."""
+    row = schedule.rows[layer]
+    return row.masked_by is None and row.text_keys == row.visual_keys == "live"
+
+
+def _chain(graph: ir.Graph, layer: int) -> _Chain | None:
+    """Of a layer; None: it does something else."""
+    outputs = {str(value.name): value for value in graph.outputs}
+    keys, values = (outputs[f"present_{kind}.{layer}"] for kind in ("key", "value"))
+    writes = [keys.producer(), values.producer()]
+    attention = next((use.node for use in keys.uses() if use.node.op_type == "Attention"), None)
+    if attention is None or any(node is None or node.op_type != "TensorScatter" for node in writes):
+        return None
+    outer = attention if attention.graph is graph else _around(graph, attention)
+    queries = _whole(outer).inputs[0] if outer else None
+    parts = [
+        _up(queries, ("RotaryEmbedding", "Transpose", "Reshape")),
+        _up(writes[0].inputs[1] if writes[0] else None, ("RotaryEmbedding", "Transpose", "Reshape")),
+        _up(writes[1].inputs[1] if writes[1] else None, ("Transpose", "Reshape")),
+    ]
+    end = _down(outer, ("Transpose", "Reshape"))
+    if outer is None or end is None or any(part is None for part in parts):
+        return None
+    inner = {node for part in parts if part for node in part} | {*writes, outer, *end}
+    products = [part[-1].inputs[0] for part in parts if part]
+    result = end[-1].outputs[0]
+    apart = {result, keys, values}
+    left = [value for node in inner if node for value in node.outputs if value not in apart]
+    if any(_place(graph, use.node) not in inner for value in left for use in value.uses()):
+        return None  # read by a selection, or by anything else
+    turned = [part[0].inputs[1:3] for part in parts[:2] if part]
+    return _Chain(
+        layer,
+        *(value for value in products if value is not None),
+        ([v for v in turned[0] if v is not None], [v for v in turned[1] if v is not None]),
+        [node for node in graph if node in inner],
+        result,
+        (keys, values),
+        _whole(outer).attributes.get_float("scale", 0.0) or None,
+    )
+
+
+def _whole(node: ir.Node) -> ir.Node:
+    """The attention of all rows: the node itself, or of an `If` what its other branch is."""
+    return node if node.op_type == "Attention" else node.attributes["else_branch"].as_graph()[-1]
+
+
+def _around(graph: ir.Graph, inner: ir.Node) -> ir.Node | None:
+    """The graph's `If` that has a node in a branch."""
+    return next((node for node in graph if node.op_type == "If" and inner.graph in _branches(node)), None)
+
+
+def _place(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+    return node if node.graph is graph else _around(graph, node)
+
+
+def _branches(node: ir.Node) -> list[ir.Graph]:
+    return [each.as_graph() for each in node.attributes.values() if each.type == ir.AttributeType.GRAPH]
+
+
+def _up(value: ir.Value | None, operators: Sequence[str]) -> list[ir.Node] | None:
+    """What made a value, backwards, if it is such operators."""
+    found: list[ir.Node] = []
+    for operator in operators:
+        node = value.producer() if value is not None else None
+        if node is None or node.op_type != operator:
+            return None
+        found.append(node)
+        value = node.inputs[0]
+    return found
+
+
+def _down(node: ir.Node | None, operators: Sequence[str]) -> list[ir.Node] | None:
+    """What alone reads a node's result, if it is such operators."""
+    found: list[ir.Node] = []
+    for operator in operators:
+        uses = list(node.outputs[0].uses()) if node is not None else []
+        if len(uses) != 1 or uses[0].node.op_type != operator:
+            return None
+        node = uses[0].node
+        found.append(node)
+    return found
+
+
+class _OneRow:
+    """What branches of several layers share: numbers, whether there is one row, how many are cached."""
+
+    def __init__(self, graph: ir.Graph, schedule: Schedule) -> None:
+        self.graph, self.model = graph, schedule.model
+        self.cached = {row.layer: row.cached for row in schedule.rows}
+        self.inputs = {str(value.name): value for value in graph.inputs}
+        self.numbers: dict[tuple[int, ...], ir.Value] = {}
+        self.lengths: dict[int, tuple[ir.Value, ir.Value]] = {}
+        tape = Tape()
+        text, visual = (
+            tape.op("Shape", [self.inputs[name]], {"start": 0, "end": 1}) for name in ("input_ids", "visual")
+        )
+        rows = tape.op("Add", [text, visual])
+        self.several = tape.op("Squeeze", [tape.op("Greater", [rows, self._number(1)])])
+        self.several.name, self.several.dtype, self.several.shape = "several_rows", BOOL, ir.Shape([])
+        self._put(tape)
+
+    def branch(self, chain: _Chain) -> None:
+        """Puts a layer's operators into one branch, and the one operator into the other."""
+        then, kept = [*chain.nodes], [chain.result, *chain.presents]
+        names = [value.name for value in kept]
+        other = self._in_one(chain)
+        node = ir.node(
+            "If", [self.several], attributes={}, num_outputs=len(kept), name=f"{chain.result.name}.rows"
+        )
+        for made, value in zip(node.outputs, kept, strict=True):
+            made.type, made.shape = value.type, value.shape
+        self.graph.insert_before(then[0], node)
+        outputs = list(self.graph.outputs)
+        for made, value in zip(node.outputs, kept, strict=True):
+            inside = [use for use in value.uses() if _place(self.graph, use.node) in then]
+            for use in [use for use in value.uses() if use not in inside]:
+                use.node.replace_input_with(use.idx, made)
+            for number, output in enumerate(outputs):
+                if output is value:
+                    self.graph.outputs[number] = made
+        for value, made, name in zip(kept, node.outputs, names, strict=True):
+            value.name, made.name = f"{name}.several", name
+        self.graph.remove(then)
+        branches = {
+            "then_branch": ir.Graph([], kept, nodes=then, name=f"several.{chain.layer}"),
+            "else_branch": other,
+        }
+        for name, branch in branches.items():
+            node.attributes[name] = ir.AttrGraph(name, branch)
+
+    def _in_one(self, chain: _Chain) -> ir.Graph:
+        heads, size, tape = self.model.heads, self.model.head_dim, Tape()
+        rows = [
+            tape.op("Reshape", [value, self._number(1, -1, heads * size)])
+            for value in (chain.queries, chain.keys, chain.values)
+        ]
+        for number, tables in enumerate(chain.tables):
+            rows[number] = tape.op("RotaryEmbedding", [rows[number], *tables], {"num_heads": heads})
+        pasts = [self.inputs[f"{CACHE}_{kind}.{chain.layer}"] for kind in ("key", "value")]
+        found, *presents = tape.op_multi_out(
+            "GroupQueryAttention",
+            [*rows, *pasts, *self._lengths(chain.layer)],
+            {"num_heads": heads, "kv_num_heads": heads} | ({"scale": chain.scale} if chain.scale else {}),
+            domain=CONTRIB,
+            num_outputs=3,
+        )
+        result = tape.op("Reshape", [found, self._number(-1, heads * size)])
+        for number, node in enumerate(tape.nodes):
+            for place, value in enumerate(node.outputs):
+                value.name = node.name = f"one.{chain.layer}.{number}.{place}"
+        return ir.Graph([], [result, *presents], nodes=list(tape.nodes), name=f"one.{chain.layer}")
+
+    def _lengths(self, layer: int) -> tuple[ir.Value, ir.Value]:
+        """Number of the row among a layer's keys, int32 [1], and how many these are, int32 []."""
+        cached = self.cached[layer]
+        if cached not in self.lengths:
+            tape, past = Tape(), self.inputs[f"{PAST_ROWS}.{layer}"]
+            number = tape.op("Cast", [past], {"to": INT32.value})
+            count = tape.op("Add", [past, self._number(1)])
+            count = tape.op("Cast", [tape.op("Squeeze", [count])], {"to": INT32.value})
+            number.dtype, number.shape = INT32, ir.Shape([1])
+            count.dtype, count.shape = INT32, ir.Shape([])
+            self._put(tape, f"keys.{cached}")
+            self.lengths[cached] = number, count
+        return self.lengths[cached]
+
+    def _number(self, *values: int) -> ir.Value:
+        """int64 [n], an initializer of the graph."""
+        if values not in self.numbers:
+            name = f"one_row.{'.'.join(map(str, values))}"
+            made = ir.Value(
+                name=name,
+                type=ir.TensorType(INT64),
+                shape=ir.Shape([len(values)]),
+                const_value=ir.tensor(np.array(values), name=name),
+            )
+            self.graph.register_initializer(made)
+            self.numbers[values] = made
+        return self.numbers[values]
+
+    def _put(self, tape: Tape, name: str = "rows") -> None:
+        """At the beginning of the graph."""
+        for number, node in enumerate(tape.nodes):
+            value = node.outputs[0]
+            node.name = value.name = value.name or f"one_row.{name}.{number}"
+        self.graph.insert_before(self.graph[0], list(tape.nodes))
