@@ -47,7 +47,7 @@ class _Chain(NamedTuple):
     """What a layer does between its products and the next.
 
     Attributes:
-        queries, keys, values: products [R, H * C]; the first may have fewer rows.
+        products: queries, which may have fewer rows, keys and values, [R, H * C].
         tables: cosine and sine [1, R, C / 2] of queries, and of keys.
         nodes: all operators from here to `result`, in their order.
         result: [R, H * C].
@@ -56,10 +56,8 @@ class _Chain(NamedTuple):
     """
 
     layer: int
-    queries: ir.Value
-    keys: ir.Value
-    values: ir.Value
-    tables: tuple[Sequence[ir.Value], Sequence[ir.Value]]
+    products: list[ir.Value]
+    tables: list[list[ir.Value]]
     nodes: list[ir.Node]
     result: ir.Value
     presents: tuple[ir.Value, ir.Value]
@@ -76,79 +74,72 @@ def _chain(graph: ir.Graph, layer: int) -> _Chain | None:
     """Of a layer; None: it does something else."""
     outputs = {str(value.name): value for value in graph.outputs}
     keys, values = (outputs[f"present_{kind}.{layer}"] for kind in ("key", "value"))
-    writes = [keys.producer(), values.producer()]
     attention = next((use.node for use in keys.uses() if use.node.op_type == "Attention"), None)
-    if attention is None or any(node is None or node.op_type != "TensorScatter" for node in writes):
+    outer = _place(graph, attention) if attention else None
+    if outer is None:
         return None
-    outer = attention if attention.graph is graph else _around(graph, attention)
-    queries = _whole(outer).inputs[0] if outer else None
-    parts = [
-        _up(queries, ("RotaryEmbedding", "Transpose", "Reshape")),
-        _up(writes[0].inputs[1] if writes[0] else None, ("RotaryEmbedding", "Transpose", "Reshape")),
-        _up(writes[1].inputs[1] if writes[1] else None, ("Transpose", "Reshape")),
+    whole = outer if outer.op_type == "Attention" else outer.attributes["else_branch"].as_graph()[-1]
+    turned, plain = ("RotaryEmbedding", "Transpose", "Reshape"), ("Transpose", "Reshape")
+    ways = [
+        _up(whole.inputs[0], turned),
+        _up(keys, ("TensorScatter", *turned)),
+        _up(values, ("TensorScatter", *plain)),
     ]
-    end = _down(outer, ("Transpose", "Reshape"))
-    if outer is None or end is None or any(part is None for part in parts):
+    end = _down(outer, plain)
+    if not end or not all(ways):
         return None
-    inner = {node for part in parts if part for node in part} | {*writes, outer, *end}
-    products = [part[-1].inputs[0] for part in parts if part]
+    inner = {outer, *end, *(node for way in ways for node in way)}
     result = end[-1].outputs[0]
-    apart = {result, keys, values}
-    left = [value for node in inner if node for value in node.outputs if value not in apart]
+    left = {value for node in inner for value in node.outputs} - {result, keys, values}
     if any(_place(graph, use.node) not in inner for value in left for use in value.uses()):
         return None  # read by a selection, or by anything else
-    turned = [part[0].inputs[1:3] for part in parts[:2] if part]
     return _Chain(
-        layer,
-        *(value for value in products if value is not None),
-        ([v for v in turned[0] if v is not None], [v for v in turned[1] if v is not None]),
-        [node for node in graph if node in inner],
-        result,
-        (keys, values),
-        _whole(outer).attributes.get_float("scale", 0.0) or None,
+        layer=layer,
+        products=[_value(way[-1].inputs[0]) for way in ways],
+        tables=[[_value(each) for each in way[-3].inputs[1:]] for way in ways[:2]],
+        nodes=[node for node in graph if node in inner],
+        result=result,
+        presents=(keys, values),
+        scale=whole.attributes.get_float("scale", 0.0) or None,
     )
 
 
-def _whole(node: ir.Node) -> ir.Node:
-    """The attention of all rows: the node itself, or of an `If` what its other branch is."""
-    return node if node.op_type == "Attention" else node.attributes["else_branch"].as_graph()[-1]
+def _up(value: ir.Value | None, operators: Sequence[str]) -> list[ir.Node]:
+    """What made a value, backwards, if it is such operators; a cache's write comes to what is written."""
+    found: list[ir.Node] = []
+    for operator in operators:
+        node = value.producer() if value is not None else None
+        if node is None or node.op_type != operator:
+            return []
+        found.append(node)
+        value = node.inputs[1 if operator == "TensorScatter" else 0]
+    return found
 
 
-def _around(graph: ir.Graph, inner: ir.Node) -> ir.Node | None:
-    """The graph's `If` that has a node in a branch."""
-    return next((node for node in graph if node.op_type == "If" and inner.graph in _branches(node)), None)
+def _down(node: ir.Node, operators: Sequence[str]) -> list[ir.Node]:
+    """What alone reads a node's result, if it is such operators."""
+    found: list[ir.Node] = []
+    for operator in operators:
+        uses = list(node.outputs[0].uses())
+        if len(uses) != 1 or uses[0].node.op_type != operator:
+            return []
+        node = uses[0].node
+        found.append(node)
+    return found
 
 
-def _place(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
-    return node if node.graph is graph else _around(graph, node)
+def _place(graph: ir.Graph, inner: ir.Node) -> ir.Node | None:
+    """The node itself if it is the graph's, else the graph's `If` that has it in a branch."""
+    return inner if inner.graph is graph else next((n for n in graph if inner.graph in _branches(n)), None)
 
 
 def _branches(node: ir.Node) -> list[ir.Graph]:
     return [each.as_graph() for each in node.attributes.values() if each.type == ir.AttributeType.GRAPH]
 
 
-def _up(value: ir.Value | None, operators: Sequence[str]) -> list[ir.Node] | None:
-    """What made a value, backwards, if it is such operators."""
-    found: list[ir.Node] = []
-    for operator in operators:
-        node = value.producer() if value is not None else None
-        if node is None or node.op_type != operator:
-            return None
-        found.append(node)
-        value = node.inputs[0]
-    return found
-
-
-def _down(node: ir.Node | None, operators: Sequence[str]) -> list[ir.Node] | None:
-    """What alone reads a node's result, if it is such operators."""
-    found: list[ir.Node] = []
-    for operator in operators:
-        uses = list(node.outputs[0].uses()) if node is not None else []
-        if len(uses) != 1 or uses[0].node.op_type != operator:
-            return None
-        node = uses[0].node
-        found.append(node)
-    return found
+def _value(value: ir.Value | None) -> ir.Value:
+    assert value is not None
+    return value
 
 
 class _OneRow:
@@ -200,10 +191,7 @@ class _OneRow:
 
     def _in_one(self, chain: _Chain) -> ir.Graph:
         heads, size, tape = self.model.heads, self.model.head_dim, Tape()
-        rows = [
-            tape.op("Reshape", [value, self._number(1, -1, heads * size)])
-            for value in (chain.queries, chain.keys, chain.values)
-        ]
+        rows = [tape.op("Reshape", [each, self._number(1, -1, heads * size)]) for each in chain.products]
         for number, tables in enumerate(chain.tables):
             rows[number] = tape.op("RotaryEmbedding", [rows[number], *tables], {"num_heads": heads})
         pasts = [self.inputs[f"{CACHE}_{kind}.{chain.layer}"] for kind in ("key", "value")]
