@@ -120,7 +120,7 @@ def check(bundle: Bundle, target: Target) -> None:
             f"runs {dtype} (trimvlm targets)"
         )
     weights = sum(bundle.manifest.files[name].bytes for name in bundle.manifest.weights)
-    if target.weights:  # at least; embeddings stay as they are
+    if target.weights:  # at least; embeddings stay as they are, and mostly vision
         weights = weights * target.weights.bits // (32 if dtype == "float32" else 16)
     if target.memory_gb is not None and weights > target.memory_gb * 2**30:
         raise UserError(

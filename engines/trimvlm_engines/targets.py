@@ -13,7 +13,7 @@ from trimvlm.target import Target, Tested, Weights
 
 SHIPPED = Path(__file__).parent / "targets"
 DEFAULT = "ort-cpu"
-# What may follow a shipped target's name: bits of weights, of activations, largest block.
+# What may follow a shipped target's name: bits of weights, of activations, block.
 QUANTIZED = re.compile(r"(?P<name>.+)-int(?P<bits>4|8)(?P<a8>a8)?(?:x(?P<block>16|32|64|128))?")
 
 
@@ -37,7 +37,7 @@ def load(name_or_path: str | Path) -> Target:
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
             f"no target {text!r}; {hint}known are {', '.join(names)}, each also with -int4 or -int8 behind "
-            "it (then a8: activations in int8; then x16, x32, x64 or x128: largest block), and any path to a "
+            "it (then a8: activations in int8; then x16, x32, x64 or x128: block), and any path to a "
             ".yaml of your own"
         )
     return parse(SHIPPED / f"{text}.yaml")

@@ -46,7 +46,7 @@ def open_backends(
 
     The first runs what comes before the decoder too, the others their decoders alone. Decoders of a choice
     leave their weights in the mapped files on ONNX Runtime unless `options` says otherwise: there they share
-    them. Engines of other targets have a copy each.
+    them, but for quantised ones, which each packs for itself. Engines of other targets have a copy each.
 
     Raises:
         UserError: no profile or engine of that name, members that differ in their encoder stage, a precision

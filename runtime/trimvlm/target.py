@@ -92,7 +92,7 @@ class Weights(Value, frozen=True, kw_only=True):
         bits: of each weight.
         block: consecutive weights of a row that share a scale; for TensorRT at most, see `block_of`.
         activations: what they are multiplied with: `float`, as the graph computes; `int8`: activations are
-            rounded too, block by block, which is faster and less exact (ONNX Runtime).
+            rounded too, block by block, which is faster and less exact (ONNX Runtime's CPU provider).
     """
 
     bits: Literal[4, 8]
@@ -241,8 +241,11 @@ class Target(Value, frozen=True, kw_only=True):
             found["ranges"] = "ONNX Runtime takes any shape; leave it out"
         if onnx and self.plan != PlanOptions():
             found["plan"] = "ONNX Runtime has no plans; leave it out"
-        if not onnx and self.weights and self.weights.activations != "float":
-            found["weights"] = "activations: only ONNX Runtime rounds them to int8; leave it out"
+        cpu = self.provider == "CPUExecutionProvider"
+        if not cpu and self.weights and self.weights.activations != "float":
+            found["weights"] = (
+                "activations: only ONNX Runtime's CPU provider rounds them to int8; leave it out"
+            )
         if rtx and self.plan.version_compatible:
             found["plan"] = (
                 "version_compatible: a TensorRT-RTX plan belongs to the very release that built it; leave it "

@@ -278,9 +278,30 @@ def test_one_row_after_the_prompt_takes_one_operator(bundle: Bundle, name: str, 
     )
 
 
-def test_grouped_heads_keep_their_attention(tmp_path: Path) -> None:
-    """`GroupQueryAttention` is slower there."""
-    checkpoint = tiny_llava(tmp_path / "model", layers=2, kv_heads=2)
+@pytest.mark.parametrize("name", DECISIONS)
+def test_a_prompt_of_one_row(bundle: Bundle, name: str) -> None:
+    """Its one row takes the operator too, on caches that are empty."""
+    model = bundle.manifest.profiles[name].model
+    rows = Prompt(
+        input_ids=np.array([7]), text_positions=np.array([0]), visual_positions=np.zeros(0, np.int64)
+    )
+    none = np.zeros((0, model.hidden), np.float32)
+    with open_decoder(bundle, name, "fused") as anew, open_decoder(bundle, name, "in_place") as backend:
+        runs = [Decoder(each, list(each.outputs("decoder"))) for each in (backend, anew)]
+        ours, theirs = (run(prefill_inputs(rows, none)) for run in runs)
+        for number in range(3):
+            for each, value in theirs.items():
+                np.testing.assert_allclose(ours[each], value, atol=2e-5, err_msg=each)
+            ours, theirs = (
+                run(step_inputs(9, 1 + number, before))
+                for run, before in zip(runs, (ours, theirs), strict=True)
+            )
+
+
+@pytest.mark.parametrize("heads", [{"kv_heads": 2}, {"hidden": 80}])
+def test_other_heads_keep_their_attention(heads: dict[str, int], tmp_path: Path) -> None:
+    """Grouped ones, for which `GroupQueryAttention` is slower, and of sizes that it does not take."""
+    checkpoint = tiny_llava(tmp_path / "model", layers=2, **heads)
     profile = Profile(
         name="dense", method=Method(name="dense"), model=model_spec(checkpoint), decisions=Decisions()
     )

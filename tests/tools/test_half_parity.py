@@ -32,10 +32,11 @@ DECISIONS = Decisions(
 )
 
 
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+@pytest.fixture(scope="module", params=[2, 4], ids=["grouped", "alone"])
+def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """Of query heads that share key heads, and of those that do not (`passes/one_row.py`)."""
     root = tmp_path_factory.mktemp("half")
-    checkpoint = tiny_llava(root / "model", layers=2, kv_heads=2, vision_layers=2)
+    checkpoint = tiny_llava(root / "model", layers=2, kv_heads=request.param, vision_layers=2)
     profile = Profile(
         name="all", method=Method(name="by hand"), model=model_spec(checkpoint), decisions=DECISIONS
     )

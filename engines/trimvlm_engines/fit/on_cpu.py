@@ -1,8 +1,9 @@
 """Memory on ONNX Runtime's CPU provider, as a Session opens it. docs/fit.md compares it with measurements.
 
 The decoder's weights that matrices are multiplied with are copied once into the layout of the kernels, and
-the mapped original is let go; tables, and what comes before the decoder, stay mapped. Scratch memory comes
-from an arena per session, which keeps what it once had; the vision session gives it back after each image.
+the mapped original is let go, and so are codes; tables, and floats before the decoder, stay mapped. Scratch
+memory comes from an arena per session, which keeps what it once had; the vision session gives it back after
+each image.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def quantize_graph(model: onnx.ModelProto, store: Store) -> None:
     replace_nodes(graph, nodes)
     if store.form == "matmul":
         add_in_norms(graph)
-        model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+        if CONTRIB not in {each.domain for each in model.opset_import}:
+            model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
     else:
         (standard,) = (each for each in model.opset_import if each.domain == "")
         standard.version = max(standard.version, OPSET)

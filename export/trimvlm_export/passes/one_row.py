@@ -21,6 +21,7 @@ from trimvlm.backends.caches import CACHE, PAST_ROWS
 from trimvlm.schedule import Schedule
 
 CONTRIB = "com.microsoft"
+MULTIPLE = 8  # of head sizes, which the operator asks for
 INT32, INT64, BOOL = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL
 
 
@@ -28,10 +29,10 @@ def attend_to_one_row(model: ir.Model, schedule: Schedule, layers: tuple[int, ..
     """Gives those of the `layers` whose caches grow in place a way of their own for one row, in place.
 
     Returns:
-        The number of layers that changed; none of a model with grouped heads.
+        The number of layers that changed; none of a model with grouped heads, or with odd sizes of heads.
     """
     graph = model.graph
-    if schedule.model.heads != schedule.model.kv_heads:
+    if schedule.model.heads != schedule.model.kv_heads or schedule.model.head_dim % MULTIPLE:
         return 0
     found = [chain for layer in layers if _sees_all(schedule, layer) and (chain := _chain(graph, layer))]
     if found:
@@ -203,6 +204,9 @@ class _OneRow:
             num_outputs=3,
         )
         result = tape.op("Reshape", [found, self._number(-1, heads * size)])
+        found.type = chain.result.type  # ONNX does not know the operator's results
+        for made, value in zip((result, *presents), (chain.result, *chain.presents), strict=True):
+            made.type, made.shape = value.type, value.shape
         for number, node in enumerate(tape.nodes):
             for place, value in enumerate(node.outputs):
                 value.name = node.name = f"one.{chain.layer}.{number}.{place}"

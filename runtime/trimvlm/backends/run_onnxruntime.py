@@ -50,7 +50,7 @@ def open_backend(
         threads: threads that compute; None: one per core.
         low_memory: keep the decoder's weights, too, in the mapped files instead of a prepacked private copy
             (measured on 482 MB of weights: 32 MB instead of 457 MB of private memory, prefill 8 % and decode
-            29 % slower).
+            29 % slower); not those of `packed`.
         packed: roles whose weights are codes. They are always packed: for codes as they lie in the file there
             is no kernel, each run would make floats of them first.
 

@@ -13,9 +13,13 @@ EMBEDDINGS = "embed_tokens."  # also the head's name where both are one tensor
 
 
 class Codes(NamedTuple):
-    """What an Engine says of the quantised weights of one part, and the bundle's graph it was made of."""
+    """What an Engine says of the quantised weights of one part.
 
-    graph: str
+    Attributes:
+        graph: of the bundle, that names them; None: the decoder's, whose names every profile's graph shares.
+    """
+
+    graph: str | None
     file: str
     bits: int
     block: int
@@ -39,9 +43,8 @@ def quantized(entry: Entry, target: str) -> tuple[Codes, ...]:
             "--goldens, on their device"
         )
     graphs = {"vision": entry.vision, "projector": entry.projector}
-    decoder = next(iter(entry.decoders.values()))
     found = {role: each["quantized"] for role, each in engine.options.items() if "quantized" in each}
-    return tuple(Codes(graph=graphs.get(role) or decoder, **said) for role, said in found.items())
+    return tuple(dict.fromkeys(Codes(graph=graphs.get(role), **said) for role, said in found.items()))
 
 
 def take_codes(model: Any, bundle: Bundle, parts: Sequence[Codes]) -> None:
@@ -56,7 +59,7 @@ def take_codes(model: Any, bundle: Bundle, parts: Sequence[Codes]) -> None:
     parameters = dict(model.named_parameters())
     head: dict[int, torch.Tensor] = {}
     for codes in parts:
-        names = _parameter_names(bundle, codes.graph)
+        names = _checkpoint_names(bundle, codes.graph) if codes.graph else {}
         with safe_open(bundle.path(codes.file), "np") as stored:
             for key in {key.rpartition(".")[0] for key in stored.keys()}:  # noqa: SIM118 - no mapping
                 packed, scales = (stored.get_tensor(f"{key}.{part}") for part in ("codes", "scales"))
@@ -65,7 +68,8 @@ def take_codes(model: Any, bundle: Bundle, parts: Sequence[Codes]) -> None:
                 if name in (EMBEDDINGS, family.LM_HEAD):
                     head[int(first[1:] or 0)] = values
                 else:
-                    weight = parameters[family.canonical(names[key])].data
+                    whole_name = family.canonical(names[key]) if names else f"{family.DECODER_PREFIX}{key}"
+                    weight = parameters[whole_name].data
                     weight.copy_(values[:, : weight.shape[1]])
     whole = torch.cat([head[first] for first in sorted(head)]) if head else None
     if whole is not None:  # it may have been the embeddings
@@ -74,7 +78,7 @@ def take_codes(model: Any, bundle: Bundle, parts: Sequence[Codes]) -> None:
         output.weight = torch.nn.Parameter(whole, requires_grad=False)
 
 
-def _parameter_names(bundle: Bundle, graph: str) -> dict[str, str]:
+def _checkpoint_names(bundle: Bundle, graph: str) -> dict[str, str]:
     """From names of a graph's weights to those of the checkpoint, by where their bytes are."""
     import onnx
 

@@ -24,15 +24,26 @@ def runnable(bundle: Bundle) -> Iterator[Bundle]:
 
 
 def round_graphs(bundle: Bundle, out: Path) -> Bundle:
-    """Writes a bundle of half precision to `out` as a float32 one that rounds after every operator."""
+    """Writes a bundle of half precision to `out` as a float32 one that rounds after every operator.
+
+    Without decoders whose caches grow in place: those have branches, which `to_rounded` leaves as they are.
+    """
     import onnx
     import onnx_ir
 
     from trimvlm_export.passes.rounded import to_rounded
     from trimvlm_export.weights import link
 
-    manifest, files = bundle.manifest, dict(bundle.manifest.files)
-    for name in files:
+    manifest = bundle.manifest
+    grown = {entry.decoders.get("in_place") for entry in manifest.profiles.values()}
+    files = {name: file for name, file in manifest.files.items() if name not in grown}
+    profiles = {
+        name: msgspec.structs.replace(
+            entry, decoders={kind: file for kind, file in entry.decoders.items() if file not in grown}
+        )
+        for name, entry in manifest.profiles.items()
+    }
+    for name in list(files):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         if not name.endswith(".onnx"):
             link(bundle.path(name), out / name)
@@ -41,5 +52,6 @@ def round_graphs(bundle: Bundle, out: Path) -> Bundle:
         rounded = to_rounded(onnx_ir.from_proto(onnx.shape_inference.infer_shapes(graph)))
         (out / name).write_bytes(onnx_ir.to_proto(rounded).SerializeToString())
         files[name] = record(out / name)
-    write_manifest(out, msgspec.structs.replace(manifest, dtype="float32", files=files))
+    rounded_too = msgspec.structs.replace(manifest, dtype="float32", files=files, profiles=profiles)
+    write_manifest(out, rounded_too)
     return Bundle(out)
