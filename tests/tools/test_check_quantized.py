@@ -290,7 +290,7 @@ def test_int8_activations_bring_the_tower_to_eight_bits(bundle: Path, data: Path
 
 
 def test_codes_are_packed_even_to_save_memory(bundle: Path) -> None:
-    """For codes as they lie in the file there is no kernel: a token would take ten times as long."""
+    """For codes as they lie in the file there is no kernel: a token would take 75 times as long."""
     build(bundle, "ort-cpu-int4a8", "dense")
     off = {}
     for target in ("ort-cpu", "ort-cpu-int4a8"):
