@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimvlm.backends import Backend
+from trimvlm.backends import PAST_CACHES, Backend
 from trimvlm.filling import FILLED, POSITIONS, fill, is_filled, strip
 from trimvlm.mrope import Coordinates
 from trimvlm.text import Prompt
@@ -124,6 +124,7 @@ class Decoder:
     fetch: Sequence[str]
     keep: Sequence[str] = ()
     empty: dict[str, NDArray[Any]] = field(init=False)
+    beside_caches: dict[str, NDArray[Any]] = field(init=False)
     filled: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -133,13 +134,14 @@ class Decoder:
             POSITIONS if name == FILLED else name: np.zeros([size or 0 for size in port.shape], port.dtype)
             for name, port in ports.items()
         }
+        self.beside_caches = {name: none for name, none in self.empty.items() if not name.startswith("past_")}
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         feeds = {
             name: value.astype(self.empty[name].dtype, copy=False) if name == "visual" else value
             for name, value in inputs.items()
         }
-        given = {**self.empty, **feeds}
+        given = {**(self.beside_caches if PAST_CACHES in feeds else self.empty), **feeds}
         if not self.filled:
             return self.backend.run("decoder", given, self.fetch, self.keep)
         return strip(self.backend.run("decoder", fill(given), self.fetch, self.keep))

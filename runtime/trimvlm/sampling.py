@@ -59,7 +59,7 @@ def make_sampler(
 
 
 def _check(peak: float) -> None:
-    if not np.isfinite(peak):
+    if not math.isfinite(peak):
         raise UserError(
             "the decoder's logits are not finite; export in float32, or run trimvlm check to see which stage"
         )

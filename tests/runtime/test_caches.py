@@ -172,7 +172,7 @@ def test_new_rows_are_written_where_the_old_ones_lie(bundle: Bundle) -> None:
         presents = [each for each in backend.outputs("decoder") if each.startswith("present_")]
         decoder = Decoder(backend, ["logits"], presents)
         kept = decoder(prefill_inputs(rows, visual))
-        caches = kept["present_key.0"].caches
+        caches = kept["present_caches"].caches
         assert caches.buffers["key.0"].shape[2] == rows.length  # no room for prefill to pass over
         kept = decoder(step_inputs(9, rows.length, kept))
         buffer = caches.buffers["key.0"]
@@ -193,14 +193,14 @@ def test_the_next_conversation_gets_the_memory_of_the_last(bundle: Bundle) -> No
         decoder = Decoder(backend, ["logits"], presents)
         fresh = [decoder(prefill_inputs(short, fewer))]
         fresh.append(decoder(step_inputs(9, short.length, fresh[0])))
-        memory = fresh[1]["present_key.0"].caches.memory["key.0"]
+        memory = fresh[1]["present_caches"].caches.memory["key.0"]
         long = decoder(prefill_inputs(rows, visual))
-        other = long["present_key.0"].caches.memory["key.0"]
+        other = long["present_caches"].caches.memory["key.0"]
         assert not np.shares_memory(memory, other), "the first conversation may still go on"
         other[:] = np.nan
         del long
         again = [decoder(prefill_inputs(short, fewer))]
-        assert np.shares_memory(again[0]["present_key.0"].caches.memory["key.0"], other)
+        assert np.shares_memory(again[0]["present_caches"].caches.memory["key.0"], other)
         again.append(decoder(step_inputs(9, short.length, again[0])))
         for one, two in zip(fresh, again, strict=True):
             np.testing.assert_array_equal(one["logits"], two["logits"])
@@ -212,7 +212,7 @@ def test_what_was_kept_is_used_up_by_the_next_run(bundle: Bundle) -> None:
         presents = [each for each in backend.outputs("decoder") if each.startswith("present_")]
         decoder = Decoder(backend, ["logits"], presents)
         kept = decoder(prefill_inputs(rows, visual))
-        assert isinstance(kept["present_key.0"], Kept)
+        assert isinstance(kept["present_caches"], Kept)
         decoder(step_inputs(9, rows.length, kept))
         with pytest.raises(AssertionError, match="fed to another run before"):
             decoder(step_inputs(9, rows.length, kept))

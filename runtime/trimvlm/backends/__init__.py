@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from trimvlm.errors import UserError
 
+PAST_CACHES, PRESENT_CACHES = "past_caches", "present_caches"
+
 
 @dataclass(frozen=True)
 class Port:
@@ -55,7 +57,8 @@ class Backend(Protocol):
             role: `vision` or `decoder`.
             feeds: every input: numpy arrays of the port's dtype, or what an earlier run kept.
             fetch: outputs wanted as numpy arrays.
-            keep: outputs left where the backend has them, good for nothing but feeding a later run.
+            keep: outputs left where the backend has them, good for nothing but feeding a later run. Caches
+                that a backend has together come as one, `PRESENT_CACHES`, and are fed as `PAST_CACHES`.
         """
         ...
 

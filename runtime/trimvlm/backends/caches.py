@@ -7,12 +7,13 @@ Such a graph has for layers {l} that it names in its property `LAYERS`, in place
     past_rows.{l} int64 [1]             how many of these are rows of the past
     present_key.{l}, present_value.{l}  the buffers with the new rows behind the past; the same memory
 
-Here it takes and gives what an ordinary decoder does. A buffer is as large as the prompt needs; for the
-tokens after it grows by `ROOM` rows at a time.
+Here it takes and gives what an ordinary decoder does; what a run keeps of them all is one thing. A buffer is
+as large as the prompt needs; for the tokens after it grows by `ROOM` rows at a time.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import weakref
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimvlm.backends import Port
+from trimvlm.backends import PAST_CACHES, PRESENT_CACHES, Port
 
 LAYERS = "trimvlm.cached_rows"  # JSON: {"image": visual rows of one image, "layers": {l: those it caches}}
 CACHE, PAST, PAST_ROWS, PRESENT = "cache", "past", "past_rows", "present"
@@ -37,32 +38,38 @@ class Caches:
         memory: what they lie in, with room.
         rows: filled rows, by layer; as arrays that ONNX Runtime reads where they are, parts of `counts`.
         room: rows of the buffers, in the order of `counts`.
+        free: at least so many rows of every buffer will be left after the run.
         runs: how many; what an earlier run than the last one kept is of no use any more.
         bound: binding of the last run and what it has by name: binding all anew takes a millisecond.
     """
 
     def __init__(self, past: Mapping[str, NDArray[Any]], spare: dict[str, NDArray[Any]]) -> None:
         """`spare` is memory that is free; what is used of it is put back when nothing refers to these."""
-        self.buffers = dict(past)
+        self.buffers = {name: np.ascontiguousarray(array) for name, array in past.items()}
         self.memory: dict[str, NDArray[Any]] = {}
         counts = {int(name.partition(".")[2]): array.shape[2] for name, array in past.items()}
         self.counts = np.array([*counts.values()])
         self.room = self.counts.copy()
+        self.free = 0
         self.rows = {layer: self.counts[number : number + 1] for number, layer in enumerate(counts)}
         self.runs = 0
         self.bound: Bound | None = None
         self.spare = spare
         weakref.finalize(self, spare.update, self.memory).atexit = False
 
-    def reserve(self, added: NDArray[np.int64]) -> None:
+    def reserve(self, added: NDArray[np.int64] | int) -> None:
         """Makes room for so many more rows of each layer; for just these before the first run: a prompt's
         attention then passes over none that is not filled."""
+        if isinstance(added, int) and added <= self.free:
+            self.free -= added
+            return
         wanted = self.counts + added
         small = wanted > self.room if self.runs else np.ones_like(wanted, dtype=bool)
         if small.any():
             for number, layer in enumerate(self.rows):
                 if small[number]:
                     self.room[number] = self._grow(layer, int(wanted[number]))
+        self.free = int((self.room - wanted).min())
 
     def _grow(self, layer: int, wanted: int) -> int:
         """Rows of the layer's buffers from now on."""
@@ -71,8 +78,10 @@ class Caches:
             before = self.buffers[name]
             rows = max(wanted, before.shape[2] + ROOM) if self.runs else wanted
             self.buffers[name] = buffer = self._lay_out(name, before, rows)
-            for head in reversed(range(before.shape[1])):  # the last moves farthest, in the same memory
-                buffer[0, head, :filled] = before[0, head, :filled]
+            row, old = buffer.shape[3] * buffer.itemsize, before.shape[2]
+            for head in reversed(range(buffer.shape[1])):  # the last moves farthest, in the same memory
+                places = buffer.ctypes.data + head * rows * row, before.ctypes.data + head * old * row
+                ctypes.memmove(*places, filled * row)
             buffer[:, :, wanted:] = 0  # attention gives the room no weight, which a NaN would survive
             self.bound = None
         return rows
@@ -97,11 +106,15 @@ class Bound:
     """A binding that has all buffers of some caches, and outputs beside them.
 
     Attributes:
-        outputs: names, in their order after the buffers.
+        fetch, keep: what it is for.
+        outputs: names of these that are no caches, in their order after the buffers.
     """
 
-    def __init__(self, binding: Any, caches: Caches, outputs: list[str]) -> None:
-        self.binding, self.outputs = binding, outputs
+    def __init__(
+        self, binding: Any, caches: Caches, fetch: Sequence[str], keep: Sequence[str], presents: set[str]
+    ) -> None:
+        self.binding, self.fetch, self.keep = binding, fetch[:], keep[:]
+        self.outputs = [name for name in (*fetch, *keep) if name not in presents]
         self._fed: dict[str, Any] = {}
         for layer, rows in caches.rows.items():
             binding.bind_cpu_input(f"{PAST_ROWS}.{layer}", rows)
@@ -125,7 +138,7 @@ class Bound:
 
 
 class Kept:
-    """What a run leaves of one cache for the next one."""
+    """What a run leaves of its caches for the next one."""
 
     def __init__(self, caches: Caches) -> None:
         self.caches, self.run = caches, caches.runs
@@ -144,7 +157,8 @@ class InPlace:
         self.image: int = told["image"]
         self.visual = np.array([int(rows) for rows in told["layers"].values()])  # that each layer caches
         self.names = [f"{kind}.{layer}" for layer in told["layers"] for kind in KINDS]
-        self.pasts, self.presents = ({f"{each}_{name}" for name in self.names} for each in (PAST, PRESENT))
+        self.pasts = {PAST_CACHES, *(f"{PAST}_{name}" for name in self.names)}
+        self.presents = {f"{PRESENT}_{name}" for name in self.names}
         self.session = session
         self.spare: dict[str, NDArray[Any]] = {}
         self.inputs = {
@@ -160,29 +174,31 @@ class InPlace:
         """See `Backend.run`. Feeds are arrays, OrtValues or what the run before kept, which is used up."""
         from onnxruntime import OrtValue
 
-        caches, given, text = self._caches(feeds), feeds["visual"].shape[0], len(feeds["input_ids"])
-        added = given * self.visual // self.image + text
+        caches, given, text = self._caches(feeds), len(feeds["visual"]), len(feeds["input_ids"])
+        added = given * self.visual // self.image + text if given else text
         caches.reserve(added)
-        others = [name for name in (*fetch, *keep) if name not in self.presents]
-        if caches.bound is None or caches.bound.outputs != others:
-            caches.bound = Bound(self.session.io_binding(), caches, others)
-        caches.bound.feed({name: value for name, value in feeds.items() if name not in self.pasts})
-        self.session.run_with_iobinding(caches.bound.binding, options)
+        bound = caches.bound
+        if bound is None or bound.fetch != fetch or bound.keep != keep:
+            bound = caches.bound = Bound(self.session.io_binding(), caches, fetch, keep, self.presents)
+        bound.feed({name: value for name, value in feeds.items() if name not in self.pasts})
+        self.session.run_with_iobinding(bound.binding, options)
         caches.runs += 1
         caches.counts += added
-        outputs = caches.bound.binding.get_outputs_as_ortvaluevector()  # no object for each of the buffers
-        values = {name: outputs[number] for number, name in enumerate(others, len(self.names))}
-        results: dict[str, Any] = {name: values[name].numpy() for name in fetch if name in values}
-        results |= {name: OrtValue(values[name]) for name in keep if name in values}
-        results |= {name: caches.filled(name.partition("_")[2]) for name in fetch if name not in values}
-        kept = Kept(caches)
-        return results | {name: kept for name in keep if name not in values}
+        outputs = bound.binding.get_outputs_as_ortvaluevector()  # no object for each of the buffers
+        values = {name: outputs[number] for number, name in enumerate(bound.outputs, len(self.names))}
+        results: dict[str, Any] = {
+            name: values[name].numpy() if name in values else caches.filled(name.partition("_")[2])
+            for name in fetch
+        }
+        results |= {name: OrtValue(value) for name, value in values.items() if name not in results}
+        if not self.presents.isdisjoint(keep):
+            results[PRESENT_CACHES] = Kept(caches)
+        return results
 
     def _caches(self, feeds: Mapping[str, Any]) -> Caches:
         """The caches that a run goes on with: those of the run before, or new ones of arrays."""
-        first = feeds[f"{PAST}_{self.names[0]}"]
-        if not isinstance(first, Kept):
+        kept = feeds.get(PAST_CACHES)
+        if kept is None:
             return Caches({name: feeds[f"{PAST}_{name}"] for name in self.names}, self.spare)
-        same = all(feeds[name] is first for name in self.pasts)
-        assert same and first.run == first.caches.runs, "what a run kept was fed to another run before"
-        return first.caches
+        assert kept.run == kept.caches.runs, "what a run kept was fed to another run before"
+        return kept.caches

@@ -98,16 +98,15 @@ def open_decoder(bundle: Any, spec: Mapping[str, Any]) -> Any:
 
 def kv_bytes(outputs: Mapping[str, Any]) -> int:
     """Bytes of the keys and values that a run leaves for the next one, as they are held."""
+    from trimvlm.backends import PRESENT_CACHES
     from trimvlm.backends.run_onnxruntime import DTYPES
 
     total = 0
     for name, held in outputs.items():
-        if name.startswith(("present_key", "present_value")):
-            grown = getattr(held, "caches", None)  # in place, in a buffer of its own
-            if grown is not None:
-                total += grown.buffers[name.partition("_")[2]].nbytes
-            else:
-                total += math.prod(held.shape()) * DTYPES[held.data_type()].itemsize
+        if name == PRESENT_CACHES:  # in buffers of their own
+            total += sum(buffer.nbytes for buffer in held.caches.buffers.values())
+        elif name.startswith(("present_key", "present_value")):
+            total += math.prod(held.shape()) * DTYPES[held.data_type()].itemsize
     return total
 
 
