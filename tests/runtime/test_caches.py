@@ -19,8 +19,8 @@ from trimvlm.backends.caches import LAYERS, ROOM, Kept
 from trimvlm.bundle import Bundle
 from trimvlm.decoding import Decoder, prefill_inputs, step_inputs
 from trimvlm.opening import IN_PLACE_SINCE, on_cpu
-from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select
-from trimvlm.rules import LastRowAttention
+from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select, SkipMode, SkipStage
+from trimvlm.rules import LastRowAttention, ValueInfluence
 from trimvlm.schedule import Schedule
 from trimvlm.target import numbers
 from trimvlm.text import Prompt
@@ -35,17 +35,42 @@ DECISIONS = {
     "uncached": Decisions(
         layers=(LayerRule(layers=(2, 3), cache="none"), LayerRule(layers=(4,), query="none"))
     ),
-    "blind": Decisions(mask="post_softmax", layers=(LayerRule(layers=(1,), text_keys="none"),)),
+    "blind": Decisions(
+        mask="post_softmax",
+        layers=(
+            LayerRule(layers=(1,), text_keys="none"),
+            LayerRule(layers=(2,), text_keys="sink", visual_keys="none"),
+        ),
+    ),
+    "hidden": Decisions(
+        positions="compact", select=(Select(layer=2, keep=7, by=ValueInfluence(threshold=0.5)),)
+    ),
+    "skipped": Decisions(
+        skip=SkipMode(stages=(SkipStage(layer=2, count=6),), entropy=False),
+        layers=(LayerRule(layers=(2,), query="unskipped"), LayerRule(layers=(3,), ffn="unskipped")),
+    ),
+    "parts": Decisions(
+        layers=(
+            LayerRule(layers=(1,), sublayers="ffn"),
+            LayerRule(layers=(2,), execute="decode"),
+            LayerRule(layers=(3,), sublayers="attention"),
+        )
+    ),
 }
-# Caches are made anew in layers whose keys a selection or a softmax of its own reads, and in those that cache
-# other rows than they read.
+# Caches are made anew in layers whose keys a selection reads, and in those that cache other rows than they
+# read.
 GROWING = {
     "dense": [0, 1, 2, 3, 4],
     "late": [0, 1, 3, 4],
     "ranked": [0, 2, 3, 4],
     "uncached": [0, 1, 4],
-    "blind": [0, 2, 3, 4],
+    "blind": [0, 1, 2, 3, 4],
+    "hidden": [0, 2, 3, 4],
+    "skipped": [0, 1, 2, 3, 4],
+    "parts": [0, 2, 3, 4],
 }
+
+CUT = ("dense", "late", "uncached", "blind")  # those that are tried with attention in pieces, too
 
 pytestmark = pytest.mark.skipif(
     numbers(onnxruntime.__version__) < IN_PLACE_SINCE, reason="this ONNX Runtime has no TensorScatter"
@@ -103,11 +128,12 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The same with attention in pieces of 4 visual rows."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(accounting, "PIECE_ROWS", 4)
-        return Bundle(tiny_bundle(tmp_path_factory.mktemp("cut"), DECISIONS, layers=5))
+        few = {name: DECISIONS[name] for name in CUT}
+        return Bundle(tiny_bundle(tmp_path_factory.mktemp("cut"), few, layers=5))
 
 
 @pytest.mark.parametrize("images", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", DECISIONS)
+@pytest.mark.parametrize("name", CUT)
 def test_attention_in_pieces_is_attention(bundle: Bundle, cut: Bundle, name: str, images: int) -> None:
     rows, visual = prompt(bundle, name, images)
     with open_decoder(bundle, name, "fused") as whole, open_decoder(cut, name, "in_place") as pieces:
@@ -227,7 +253,9 @@ def test_which_layers_grow_in_place(bundle: Bundle, name: str) -> None:
     assert [int(layer) for layer in json.loads(told[LAYERS])["layers"]] == GROWING[name]
     names = {value.name for value in model.graph.input}
     assert {f"cache_key.{layer}" for layer in GROWING[name]} <= names
-    assert {f"past_key.{layer}" for layer in set(range(5)) - set(GROWING[name])} <= names
+    schedule = Schedule.resolve(bundle.profile(name), entry.model)
+    caching = {row.layer for row in schedule.rows if row.attends}
+    assert {f"past_key.{layer}" for layer in caching - set(GROWING[name])} <= names
 
 
 def test_an_older_library_gets_the_fused_graph(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,16 +272,25 @@ def test_graph_is_small(bundle: Bundle) -> None:
 
 
 # Layers whose rows after the prompt see all that is cached, in one operator.
-IN_ONE = {"dense": 5, "late": 4, "ranked": 4, "uncached": 3, "blind": 4}
+IN_ONE = {
+    "dense": 5,
+    "late": 4,
+    "ranked": 4,
+    "uncached": 3,
+    "blind": 5,
+    "hidden": 1,
+    "skipped": 5,
+    "parts": 4,
+}
 
 
-@pytest.mark.parametrize("name", DECISIONS)
-def test_one_row_after_the_prompt_takes_one_operator(bundle: Bundle, name: str, tmp_path: Path) -> None:
-    """ONNX Runtime's profile of a prompt, of a token, and of several rows without an image."""
+def counted(bundle: Bundle, name: str, operator: str, scratch: Path) -> list[int]:
+    """How often an operator ran, by ONNX Runtime's profile, until the end of a prompt, of a token after it,
+    and of several rows without an image after that; their logits are those of caches made anew."""
     backend, (rows, visual) = open_decoder(bundle, name, "in_place"), prompt(bundle, name, 1)
     anew = open_decoder(bundle, name, "fused")
     options = backend.options("decoder")
-    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    options.enable_profiling, options.profile_file_prefix = True, str(scratch / "profile")
     backend.options = lambda role: options
     later = Prompt(
         input_ids=np.arange(5, 8),
@@ -263,7 +300,8 @@ def test_one_row_after_the_prompt_takes_one_operator(bundle: Bundle, name: str, 
     logits: dict[str, list[np.ndarray]] = {}
     with backend, anew:
         for each in (backend, anew):
-            run = Decoder(each, list(each.outputs("decoder")))
+            presents = [value for value in each.outputs("decoder") if value.startswith("present_")]
+            run = Decoder(each, ["logits"], presents)  # what is kept has room after a token, arrays have none
             first = run(prefill_inputs(rows, visual))
             token = run(step_inputs(9, rows.length, first))
             past = {key: value for key, value in step_inputs(0, 0, token).items() if key.startswith("past_")}
@@ -272,10 +310,14 @@ def test_one_row_after_the_prompt_takes_one_operator(bundle: Bundle, name: str, 
         np.testing.assert_allclose(*logits.values(), atol=2e-5)
         noted = json.loads(Path(backend.sessions["decoder"].end_profiling()).read_text())
     ends = [each["ts"] + each["dur"] for each in noted if each["name"] == "model_run"]
-    ran = [each for each in noted if each["args"].get("op_name") == "GroupQueryAttention"]
-    assert [sum(each["ts"] < end for each in ran) for end in ends] == [0, IN_ONE[name], IN_ONE[name]], (
-        "and none of several rows"
-    )
+    ran = [each for each in noted if each["args"].get("op_name") == operator]
+    return [sum(each["ts"] < end for each in ran) for end in ends]
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_one_row_after_the_prompt_takes_one_operator(bundle: Bundle, name: str, tmp_path: Path) -> None:
+    ran = counted(bundle, name, "GroupQueryAttention", tmp_path)
+    assert ran == [0, IN_ONE[name], IN_ONE[name]], "and none of several rows"
 
 
 @pytest.mark.parametrize("name", DECISIONS)
@@ -310,3 +352,16 @@ def test_other_heads_keep_their_attention(heads: dict[str, int], tmp_path: Path)
     file = bundle.path(bundle.entry("dense")[1].decoders["in_place"])
     model = onnx.load(str(file), load_external_data=False)
     assert {each.domain for each in model.opset_import} == {""}
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_one_row_makes_no_softmax_in_the_open(heads: int, tmp_path: Path) -> None:
+    checkpoint = tiny_llava(tmp_path / "model", layers=5, kv_heads=heads)
+    profile = Profile(
+        name="blind", method=Method(name="blind"), model=model_spec(checkpoint), decisions=DECISIONS["blind"]
+    )
+    export(checkpoint, profile, tmp_path / "bundle")
+    prompts, token, several = counted(Bundle(tmp_path / "bundle"), "blind", "Softmax", tmp_path)
+    assert (prompts, token, several) == (2, 2, 4), (
+        "in two layers, of a prompt and of the rows after the token"
+    )

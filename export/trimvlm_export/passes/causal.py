@@ -16,6 +16,7 @@ from onnx_ir.tape import Tape
 
 from trimvlm.accounting import attention_pieces
 from trimvlm.schedule import Schedule
+from trimvlm_export.passes.branches import number
 
 END = np.iinfo(np.int64).max
 PIECES = "pieces."  # names of branches begin so
@@ -43,7 +44,6 @@ class _Pieces:
         self.graph, self.schedule = graph, schedule
         self.inputs = {str(value.name): value for value in graph.inputs}
         self.outputs = {str(value.name): value for value in graph.outputs}
-        self.numbers: dict[int, ir.Value] = {}
         self.cuts: dict[int, list[ir.Value]] = {}
         self.masks: dict[tuple[ir.Value, int], tuple[ir.Value, list[ir.Value]]] = {}
 
@@ -73,28 +73,15 @@ class _Pieces:
     def _present(self, kind: str, layer: int) -> ir.Value:
         return self.outputs[f"present_{kind}.{layer}"]
 
-    def _number(self, value: int) -> ir.Value:
-        """int64 [1], an initializer of the graph."""
-        if value not in self.numbers:
-            made = ir.Value(
-                name=f"causal.{value}",
-                type=ir.TensorType(ir.DataType.INT64),
-                shape=ir.Shape([1]),
-                const_value=ir.tensor(np.array([value]), name=f"causal.{value}"),
-            )
-            self.graph.register_initializer(made)
-            self.numbers[value] = made
-        return self.numbers[value]
-
     def _cuts(self, tape: Tape, live: int, pieces: int) -> list[ir.Value]:
         """Where each piece ends among the visual rows, int64 [1] each; the last is N."""
         rows = tape.op("Shape", [self.inputs["visual"]], {"start": 0, "end": 1})
         if live != self.schedule.visual_tokens:  # images times those that are left of each
-            images = tape.op("Div", [rows, self._number(self.schedule.visual_tokens)])
-            rows = tape.op("Mul", [images, self._number(live)])
+            images = tape.op("Div", [rows, number(self.graph, self.schedule.visual_tokens)])
+            rows = tape.op("Mul", [images, number(self.graph, live)])
         made = [
-            tape.op("Div", [tape.op("Mul", [rows, self._number(number)]), self._number(pieces)])
-            for number in range(1, pieces)
+            tape.op("Div", [tape.op("Mul", [rows, number(self.graph, cut)]), number(self.graph, pieces)])
+            for cut in range(1, pieces)
         ]
         self.cuts[live] = [*made, rows]
         return self.cuts[live]
@@ -107,16 +94,18 @@ class _Pieces:
         assert padded is not None and padded.op_type == "Pad"
         plain = padded.inputs[0]
         assert plain is not None
-        made, start, count = [], self._number(0), cuts[-1]
+        made, start, count = [], number(self.graph, 0), cuts[-1]
         for end in cuts[:-1]:
             rows = self._slice(tape, plain, start, end, 0)
-            seen = self._slice(tape, rows, self._number(0), end, 1)
-            text = self._slice(tape, rows, count, self._number(END), 1)
+            seen = self._slice(tape, rows, number(self.graph, 0), end, 1)
+            text = self._slice(tape, rows, count, number(self.graph, END), 1)
             made.append(tape.op("Concat", [seen, text], {"axis": 1}))
             start = end
-        made.append(self._slice(tape, mask, start, self._number(END), 0))
+        made.append(self._slice(tape, mask, start, number(self.graph, END), 0))
         rows, keys = (tape.op("Shape", [plain], {"start": axis, "end": axis + 1}) for axis in (0, 1))
-        there = tape.op("And", [tape.op("Greater", [count, self._number(0)]), tape.op("Equal", [rows, keys])])
+        there = tape.op(
+            "And", [tape.op("Greater", [count, number(self.graph, 0)]), tape.op("Equal", [rows, keys])]
+        )
         self.masks[mask, live] = tape.op("Squeeze", [there]), made
         return self.masks[mask, live]
 
@@ -127,20 +116,22 @@ class _Pieces:
         cuts: list[ir.Value],
         masks: list[ir.Value],
     ) -> list[ir.Node]:
-        tape, end = Tape(), self._number(END)
+        tape, end = Tape(), number(self.graph, END)
         new = [scatter.inputs[1] for cache in caches if (scatter := cache.producer())]
         assert len(new) == 2 and new[0] is not None and new[1] is not None
         queries = attention.inputs[0]
         assert queries is not None
         text = [self._slice(tape, each, cuts[-1], end, 2) for each in new if each is not None]
-        made, start = [], self._number(0)
-        for number, mask in enumerate(masks):
-            stop = cuts[number] if number < len(masks) - 1 else end
+        made, start = [], number(self.graph, 0)
+        for piece, mask in enumerate(masks):
+            stop = cuts[piece] if piece < len(masks) - 1 else end
             query = self._slice(tape, queries, start, stop, 2)
             shown = list(caches)
-            if number < len(masks) - 1:
+            if piece < len(masks) - 1:
                 shown = [
-                    tape.op("Concat", [self._slice(tape, each, self._number(0), stop, 2), rest], {"axis": 2})
+                    tape.op(
+                        "Concat", [self._slice(tape, each, number(self.graph, 0), stop, 2), rest], {"axis": 2}
+                    )
                     for each, rest in zip(new, text, strict=True)
                     if each is not None
                 ]
@@ -150,7 +141,7 @@ class _Pieces:
         return list(tape.nodes)
 
     def _slice(self, tape: Tape, value: ir.Value, start: ir.Value, stop: ir.Value, axis: int) -> ir.Value:
-        return tape.op("Slice", [value, start, stop, self._number(axis)])
+        return tape.op("Slice", [value, start, stop, number(self.graph, axis)])
 
 
 def _again(node: ir.Node) -> ir.Node:
@@ -159,6 +150,6 @@ def _again(node: ir.Node) -> ir.Node:
 
 def _graph(name: str, nodes: list[ir.Node]) -> ir.Graph:
     """A branch. Its values have names of their own: it sees the values outside by theirs."""
-    for number, node in enumerate(nodes):
-        node.name = node.outputs[0].name = f"{name}.{number}"
+    for position, node in enumerate(nodes):
+        node.name = node.outputs[0].name = f"{name}.{position}"
     return ir.Graph([], [nodes[-1].outputs[0]], nodes=nodes, name=name)

@@ -4,7 +4,8 @@ The fused decoder makes each cache anew: past and new rows, put one after the ot
 with room for more rows than it has; `TensorScatter` writes the new ones behind the old ones, and nothing is
 copied where the library is given the same memory for input and output. Attention masks the room that is left.
 
-A layer whose attention reads other rows than it caches, or whose keys a selection reads, keeps its copies.
+What else than attention reads a cache in a branch is given a copy of its filled rows. A layer whose attention
+reads other rows than it caches, or whose keys a selection reads, keeps its copies.
 Operators are of opset 24, from which on there is `TensorScatter`.
 
 Shapes: G key/value heads, B rows of the buffer, P rows in it, R new rows, C head size, S = P + R.
@@ -17,6 +18,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from trimvlm.backends.caches import CACHE, KINDS, PAST_ROWS
+from trimvlm_export.passes.branches import number, place
 
 OPSET = 24
 
@@ -30,7 +32,7 @@ def to_in_place(model: ir.Model) -> tuple[int, ...]:
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
     layers = [int(name.split(".")[1]) for name in inputs if name.startswith("past_key.")]
-    found = [layer for layer in layers if all(_concat(inputs, kind, layer) for kind in KINDS)]
+    found = [layer for layer in layers if all(_concat(graph, inputs, kind, layer) for kind in KINDS)]
     padded: dict[ir.Value, ir.Value] = {}
     for layer in found:
         rows = ir.Value(
@@ -51,9 +53,9 @@ def to_in_place(model: ir.Model) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _concat(inputs: dict[str, ir.Value], kind: str, layer: int) -> ir.Node | None:
+def _concat(graph: ir.Graph, inputs: dict[str, ir.Value], kind: str, layer: int) -> ir.Node | None:
     """What appends a layer's new rows to its past, if that is all that reads the past but its length, and
-    attention is all that reads the result."""
+    attention is all that reads the result outside of branches."""
     past = inputs[f"past_{kind}.{layer}"]
     users = [use.node for use in past.uses()]
     appends = [node for node in users if node.op_type != "Shape"]
@@ -61,11 +63,12 @@ def _concat(inputs: dict[str, ir.Value], kind: str, layer: int) -> ir.Node | Non
         return None
     node = appends[0]
     present = node.outputs[0]
-    reads = {use.node.op_type for use in present.uses()}
+    outside = [use.node for use in present.uses() if use.node.graph is graph]
+    attentions = [use.node for use in present.uses() if use.node.op_type == "Attention"]
     same = present.is_graph_output() and present.name == f"present_{kind}.{layer}" and node.inputs[0] is past
     sizes = all(_is_row_count(user) for user in users if user is not node)
-    masked = all(len(use.node.inputs) > 3 and use.node.inputs[3] is not None for use in present.uses())
-    return node if same and sizes and masked and reads == {"Attention"} else None
+    masked = all(len(each.inputs) > 3 and each.inputs[3] is not None for each in attentions)
+    return node if same and sizes and masked and attentions and {*outside} <= {*attentions} else None
 
 
 def _is_row_count(node: ir.Node) -> bool:
@@ -80,20 +83,38 @@ def _scatter(graph: ir.Graph, past: ir.Value, rows: ir.Value) -> None:
             ir.convenience.replace_all_uses_with(use.node.outputs[0], rows)
             graph.remove(use.node, safe=True)
     (use,) = past.uses()
-    present = use.node.outputs[0]
+    present, new = use.node.outputs[0], use.node.inputs[1]
+    assert new is not None
     tape = Tape()
-    written = tape.op("TensorScatter", [past, use.node.inputs[1], rows], {"axis": 2})
+    written = tape.op("TensorScatter", [past, new, rows], {"axis": 2})
     ir.convenience.replace_nodes_and_values(
         graph, use.node, [use.node], list(tape.nodes), [present], [written]
     )
     written.shape = past.shape
+    for inner in {use.node.graph for use in written.uses() if use.node.op_type != "Attention"}:
+        if inner is not None and inner is not graph:
+            _fill(graph, inner, written, new, rows)
+
+
+def _fill(graph: ir.Graph, inner: ir.Graph, written: ir.Value, new: ir.Value, rows: ir.Value) -> None:
+    """Gives a branch the filled rows of a buffer, where it read a cache."""
+    uses = [use for use in written.uses() if use.node.graph is inner and use.node.op_type != "Attention"]
+    tape = Tape()
+    count = tape.op("Add", [rows, _size(tape, new, 2)])
+    filled = tape.op("Slice", [written, number(graph, 0), count, number(graph, 2)])
+    filled.type, filled.shape = new.type, new.shape
+    for position, node in enumerate(tape.nodes):
+        node.name = node.outputs[0].name = f"{written.name}.filled.{position}"
+    inner.insert_before(inner[0], list(tape.nodes))
+    for use in uses:
+        use.node.replace_input_with(use.idx, filled)
 
 
 def _mask(graph: ir.Graph, cache: ir.Value, padded: dict[ir.Value, ir.Value]) -> None:
     """Gives the attention that reads a cache a mask as wide as the buffer. Layers of one mask have buffers of
     one size: they have the same rows."""
     (scatter,) = (use.node for use in cache.uses() if use.node.op_type == "TensorScatter")
-    for use in list(scatter.outputs[0].uses()):
+    for use in [use for use in scatter.outputs[0].uses() if use.node.op_type == "Attention"]:
         mask = use.node.inputs[3]
         assert mask is not None and mask.shape is not None and len(mask.shape) == 2
         if mask not in padded:
@@ -104,7 +125,9 @@ def _mask(graph: ir.Graph, cache: ir.Value, padded: dict[ir.Value, ir.Value]) ->
             no = tape.initializer(ir.tensor(np.zeros((), np.bool_), name=f"hidden.{len(padded)}"))
             padded[mask] = tape.op("Pad", [mask, widths, no])
             padded[mask].dtype = ir.DataType.BOOL
-            graph.insert_before(use.node, list(tape.nodes))
+            before = place(graph, use.node)
+            assert before is not None
+            graph.insert_before(before, list(tape.nodes))
             for value in (zeros, no):
                 graph.register_initializer(value)
         use.node.replace_input_with(3, padded[mask])

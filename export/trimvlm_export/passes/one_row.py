@@ -13,16 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from trimvlm.backends.caches import CACHE, PAST_ROWS
 from trimvlm.schedule import Schedule
+from trimvlm_export.passes.branches import number, place, put_first, read_outside, run_for_several
 
 CONTRIB = "com.microsoft"
 MULTIPLE = 8  # of head sizes, which the operator asks for
-INT32, INT64, BOOL = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL
+INT32 = ir.DataType.INT32
 
 
 def attend_to_one_row(model: ir.Model, schedule: Schedule, layers: tuple[int, ...]) -> int:
@@ -66,9 +66,8 @@ class _Chain(NamedTuple):
 
 
 def _sees_all(schedule: Schedule, layer: int) -> bool:
-    """Whether a row after the prompt sees every cached one."""
-    row = schedule.rows[layer]
-    return row.masked_by is None and row.text_keys == row.visual_keys == "live"
+    """Whether a row after the prompt sees every cached one; what hides visual keys does so in the prompt."""
+    return schedule.rows[layer].masked_by is None
 
 
 def _chain(graph: ir.Graph, layer: int) -> _Chain | None:
@@ -76,7 +75,7 @@ def _chain(graph: ir.Graph, layer: int) -> _Chain | None:
     outputs = {str(value.name): value for value in graph.outputs}
     keys, values = (outputs[f"present_{kind}.{layer}"] for kind in ("key", "value"))
     attention = next((use.node for use in keys.uses() if use.node.op_type == "Attention"), None)
-    outer = _place(graph, attention) if attention else None
+    outer = place(graph, attention) if attention else None
     if outer is None:
         return None
     whole = outer if outer.op_type == "Attention" else outer.attributes["else_branch"].as_graph()[-1]
@@ -91,9 +90,8 @@ def _chain(graph: ir.Graph, layer: int) -> _Chain | None:
         return None
     inner = {outer, *end, *(node for way in ways for node in way)}
     result = end[-1].outputs[0]
-    left = {value for node in inner for value in node.outputs} - {result, keys, values}
-    if any(_place(graph, use.node) not in inner for value in left for use in value.uses()):
-        return None  # read by a selection, or by anything else
+    if read_outside(graph, inner, {result, keys, values}):
+        return None  # by a selection, or by anything else
     return _Chain(
         layer=layer,
         products=[_value(way[-1].inputs[0]) for way in ways],
@@ -129,72 +127,32 @@ def _down(node: ir.Node, operators: Sequence[str]) -> list[ir.Node]:
     return found
 
 
-def _place(graph: ir.Graph, inner: ir.Node) -> ir.Node | None:
-    """The node itself if it is the graph's, else the graph's `If` that has it in a branch."""
-    return inner if inner.graph is graph else next((n for n in graph if inner.graph in _branches(n)), None)
-
-
-def _branches(node: ir.Node) -> list[ir.Graph]:
-    return [each.as_graph() for each in node.attributes.values() if each.type == ir.AttributeType.GRAPH]
-
-
 def _value(value: ir.Value | None) -> ir.Value:
     assert value is not None
     return value
 
 
 class _OneRow:
-    """What branches of several layers share: numbers, whether there is one row, how many are cached."""
+    """What branches of several layers share: how many rows are cached."""
 
     def __init__(self, graph: ir.Graph, schedule: Schedule) -> None:
         self.graph, self.model = graph, schedule.model
         self.cached = {row.layer: row.cached for row in schedule.rows}
         self.inputs = {str(value.name): value for value in graph.inputs}
-        self.numbers: dict[tuple[int, ...], ir.Value] = {}
         self.lengths: dict[int, tuple[ir.Value, ir.Value]] = {}
-        tape = Tape()
-        text, visual = (
-            tape.op("Shape", [self.inputs[name]], {"start": 0, "end": 1}) for name in ("input_ids", "visual")
-        )
-        rows = tape.op("Add", [text, visual])
-        self.several = tape.op("Squeeze", [tape.op("Greater", [rows, self._number(1)])])
-        self.several.name, self.several.dtype, self.several.shape = "several_rows", BOOL, ir.Shape([])
-        self._put(tape)
 
     def branch(self, chain: _Chain) -> None:
         """Puts a layer's operators into one branch, and the one operator into the other."""
-        then, kept = [*chain.nodes], [chain.result, *chain.presents]
-        names = [value.name for value in kept]
-        other = self._in_one(chain)
-        node = ir.node(
-            "If", [self.several], attributes={}, num_outputs=len(kept), name=f"{chain.result.name}.rows"
-        )
-        for made, value in zip(node.outputs, kept, strict=True):
-            made.type, made.shape = value.type, value.shape
-        self.graph.insert_before(then[0], node)
-        outputs = list(self.graph.outputs)
-        for made, value in zip(node.outputs, kept, strict=True):
-            inside = [use for use in value.uses() if _place(self.graph, use.node) in then]
-            for use in [use for use in value.uses() if use not in inside]:
-                use.node.replace_input_with(use.idx, made)
-            for number, output in enumerate(outputs):
-                if output is value:
-                    self.graph.outputs[number] = made
-        for value, made, name in zip(kept, node.outputs, names, strict=True):
-            value.name, made.name = f"{name}.several", name
-        self.graph.remove(then)
-        branches = {
-            "then_branch": ir.Graph([], kept, nodes=then, name=f"several.{chain.layer}"),
-            "else_branch": other,
-        }
-        for name, branch in branches.items():
-            node.attributes[name] = ir.AttrGraph(name, branch)
+        kept, name = [chain.result, *chain.presents], f"several.{chain.layer}"
+        run_for_several(self.graph, chain.nodes, kept, self._in_one(chain), name)
 
     def _in_one(self, chain: _Chain) -> ir.Graph:
         heads, size, tape = self.model.heads, self.model.head_dim, Tape()
-        rows = [tape.op("Reshape", [each, self._number(1, -1, heads * size)]) for each in chain.products]
-        for number, tables in enumerate(chain.tables):
-            rows[number] = tape.op("RotaryEmbedding", [rows[number], *tables], {"num_heads": heads})
+        rows = [
+            tape.op("Reshape", [each, number(self.graph, 1, -1, heads * size)]) for each in chain.products
+        ]
+        for position, tables in enumerate(chain.tables):
+            rows[position] = tape.op("RotaryEmbedding", [rows[position], *tables], {"num_heads": heads})
         pasts = [self.inputs[f"{CACHE}_{kind}.{chain.layer}"] for kind in ("key", "value")]
         found, *presents = tape.op_multi_out(
             "GroupQueryAttention",
@@ -203,13 +161,13 @@ class _OneRow:
             domain=CONTRIB,
             num_outputs=3,
         )
-        result = tape.op("Reshape", [found, self._number(-1, heads * size)])
+        result = tape.op("Reshape", [found, number(self.graph, -1, heads * size)])
         found.type = chain.result.type  # ONNX does not know the operator's results
         for made, value in zip((result, *presents), (chain.result, *chain.presents), strict=True):
             made.type, made.shape = value.type, value.shape
-        for number, node in enumerate(tape.nodes):
-            for place, value in enumerate(node.outputs):
-                value.name = node.name = f"one.{chain.layer}.{number}.{place}"
+        for position, node in enumerate(tape.nodes):
+            for output, value in enumerate(node.outputs):
+                value.name = node.name = f"one.{chain.layer}.{position}.{output}"
         return ir.Graph([], [result, *presents], nodes=list(tape.nodes), name=f"one.{chain.layer}")
 
     def _lengths(self, layer: int) -> tuple[ir.Value, ir.Value]:
@@ -217,32 +175,11 @@ class _OneRow:
         cached = self.cached[layer]
         if cached not in self.lengths:
             tape, past = Tape(), self.inputs[f"{PAST_ROWS}.{layer}"]
-            number = tape.op("Cast", [past], {"to": INT32.value})
-            count = tape.op("Add", [past, self._number(1)])
+            place_of = tape.op("Cast", [past], {"to": INT32.value})
+            count = tape.op("Add", [past, number(self.graph, 1)])
             count = tape.op("Cast", [tape.op("Squeeze", [count])], {"to": INT32.value})
-            number.dtype, number.shape = INT32, ir.Shape([1])
+            place_of.dtype, place_of.shape = INT32, ir.Shape([1])
             count.dtype, count.shape = INT32, ir.Shape([])
-            self._put(tape, f"keys.{cached}")
-            self.lengths[cached] = number, count
+            put_first(self.graph, tape, f"keys.{cached}")
+            self.lengths[cached] = place_of, count
         return self.lengths[cached]
-
-    def _number(self, *values: int) -> ir.Value:
-        """int64 [n], an initializer of the graph."""
-        if values not in self.numbers:
-            name = f"one_row.{'.'.join(map(str, values))}"
-            made = ir.Value(
-                name=name,
-                type=ir.TensorType(INT64),
-                shape=ir.Shape([len(values)]),
-                const_value=ir.tensor(np.array(values), name=name),
-            )
-            self.graph.register_initializer(made)
-            self.numbers[values] = made
-        return self.numbers[values]
-
-    def _put(self, tape: Tape, name: str = "rows") -> None:
-        """At the beginning of the graph."""
-        for number, node in enumerate(tape.nodes):
-            value = node.outputs[0]
-            node.name = value.name = value.name or f"one_row.{name}.{number}"
-        self.graph.insert_before(self.graph[0], list(tape.nodes))
