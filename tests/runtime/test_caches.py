@@ -33,17 +33,26 @@ DECISIONS = {
     "late": Decisions(inject=1, exit=4, select=(Select(layer=2, keep=7, by=OWN),)),
     "ranked": Decisions(select=(Select(layer=2, keep=8, by=PREVIOUS),)),
     "uncached": Decisions(
-        layers=(LayerRule(layers=(2, 3), cache="none"), LayerRule(layers=(4,), query="none"))
+        layers=(
+            LayerRule(layers=(0,), visual_keys="none"),
+            LayerRule(layers=(1,), text_keys="none"),
+            LayerRule(layers=(2, 3), cache="none"),
+            LayerRule(layers=(4,), query="none"),
+        )
     ),
     "blind": Decisions(
         mask="post_softmax",
         layers=(
             LayerRule(layers=(1,), text_keys="none"),
             LayerRule(layers=(2,), text_keys="sink", visual_keys="none"),
+            LayerRule(layers=(3,), text_keys="none", cache="none"),
         ),
     ),
     "hidden": Decisions(
-        positions="compact", select=(Select(layer=2, keep=7, by=ValueInfluence(threshold=0.5)),)
+        mask="post_softmax",
+        positions="compact",
+        select=(Select(layer=2, keep=7, by=ValueInfluence(threshold=0.5)),),
+        layers=(LayerRule(layers=(3,), text_keys="none"),),
     ),
     "skipped": Decisions(
         skip=SkipMode(stages=(SkipStage(layer=2, count=6),), entropy=False),
@@ -57,15 +66,15 @@ DECISIONS = {
         )
     ),
 }
-# Caches are made anew in layers whose keys a selection reads, and in those that cache other rows than they
-# read.
+# Caches are made anew in layers whose keys a selection reads, or a softmax in the open under a threshold, and
+# in those that cache other rows than they read.
 GROWING = {
     "dense": [0, 1, 2, 3, 4],
     "late": [0, 1, 3, 4],
     "ranked": [0, 2, 3, 4],
     "uncached": [0, 1, 4],
-    "blind": [0, 1, 2, 3, 4],
-    "hidden": [0, 2, 3, 4],
+    "blind": [0, 1, 2, 4],
+    "hidden": [0, 2, 4],
     "skipped": [0, 1, 2, 3, 4],
     "parts": [0, 2, 3, 4],
 }
@@ -276,8 +285,8 @@ IN_ONE = {
     "dense": 5,
     "late": 4,
     "ranked": 4,
-    "uncached": 3,
-    "blind": 5,
+    "uncached": 2,
+    "blind": 4,
     "hidden": 1,
     "skipped": 5,
     "parts": 4,
@@ -362,6 +371,4 @@ def test_one_row_makes_no_softmax_in_the_open(heads: int, tmp_path: Path) -> Non
     )
     export(checkpoint, profile, tmp_path / "bundle")
     prompts, token, several = counted(Bundle(tmp_path / "bundle"), "blind", "Softmax", tmp_path)
-    assert (prompts, token, several) == (2, 2, 4), (
-        "in two layers, of a prompt and of the rows after the token"
-    )
+    assert (prompts, token, several) == (3, 4, 7), "of a token only in the layer that caches no visual rows"

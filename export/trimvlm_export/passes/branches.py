@@ -12,7 +12,7 @@ SEVERAL = "several_rows"
 
 
 def several_rows(graph: ir.Graph) -> ir.Value:
-    """Bool []: whether a run is of more than one row; one is a token after the prompt, or all of a prompt."""
+    """Bool []: whether a run is of several rows; one row is a token after the prompt, or a prompt of one."""
     found = next((value for node in graph for value in node.outputs if value.name == SEVERAL), None)
     if found is not None:
         return found
@@ -53,6 +53,26 @@ def run_for_several(
     branches = {"then_branch": ir.Graph([], kept, nodes=nodes, name=name), "else_branch": other}
     for each, branch in branches.items():
         node.attributes[each] = ir.AttrGraph(each, branch)
+
+
+def only_several(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+    """Takes an `If` of `run_for_several` away, in place.
+
+    Returns:
+        What it ran for several rows, in its place; of another node just that.
+    """
+    condition = node.inputs[0] if node.op_type == "If" else None
+    if condition is None or condition.name != SEVERAL:
+        return [node]
+    then, other = (node.attributes[each].as_graph() for each in ("then_branch", "else_branch"))
+    results, nodes = list(then.outputs), list(then)
+    then.remove(nodes)
+    other.outputs.clear()
+    other.remove(list(other), safe=True)
+    graph.insert_before(node, nodes)
+    ir.convenience.replace_all_uses_with(list(node.outputs), results, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    return nodes
 
 
 def place(graph: ir.Graph, inner: ir.Node) -> ir.Node | None:

@@ -5,7 +5,7 @@ with room for more rows than it has; `TensorScatter` writes the new ones behind 
 copied where the library is given the same memory for input and output. Attention masks the room that is left.
 
 What else than attention reads a cache in a branch is given a copy of its filled rows. A layer whose attention
-reads other rows than it caches, or whose keys a selection reads, keeps its copies.
+reads other rows than it caches, or whose keys something else reads outside of branches, keeps its copies.
 Operators are of opset 24, from which on there is `TensorScatter`.
 
 Shapes: G key/value heads, B rows of the buffer, P rows in it, R new rows, C head size, S = P + R.
@@ -102,7 +102,8 @@ def _fill(graph: ir.Graph, inner: ir.Graph, written: ir.Value, new: ir.Value, ro
     tape = Tape()
     count = tape.op("Add", [rows, _size(tape, new, 2)])
     filled = tape.op("Slice", [written, number(graph, 0), count, number(graph, 2)])
-    filled.type, filled.shape = new.type, new.shape
+    assert new.shape is not None
+    filled.type, filled.shape = new.type, ir.Shape([*new.shape[:2], None, *new.shape[3:]])
     for position, node in enumerate(tape.nodes):
         node.name = node.outputs[0].name = f"{written.name}.filled.{position}"
     inner.insert_before(inner[0], list(tape.nodes))
@@ -112,7 +113,7 @@ def _fill(graph: ir.Graph, inner: ir.Graph, written: ir.Value, new: ir.Value, ro
 
 def _mask(graph: ir.Graph, cache: ir.Value, padded: dict[ir.Value, ir.Value]) -> None:
     """Gives the attention that reads a cache a mask as wide as the buffer. Layers of one mask have buffers of
-    one size: they have the same rows."""
+    one size: they cache the same rows."""
     (scatter,) = (use.node for use in cache.uses() if use.node.op_type == "TensorScatter")
     for use in [use for use in scatter.outputs[0].uses() if use.node.op_type == "Attention"]:
         mask = use.node.inputs[3]

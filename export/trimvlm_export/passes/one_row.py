@@ -14,11 +14,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from trimvlm.backends.caches import CACHE, PAST_ROWS
 from trimvlm.schedule import Schedule
-from trimvlm_export.passes.branches import number, place, put_first, read_outside, run_for_several
+from trimvlm_export.passes.branches import (
+    number,
+    only_several,
+    place,
+    put_first,
+    read_outside,
+    run_for_several,
+)
 
 CONTRIB = "com.microsoft"
 MULTIPLE = 8  # of head sizes, which the operator asks for
@@ -26,7 +34,8 @@ INT32 = ir.DataType.INT32
 
 
 def attend_to_one_row(model: ir.Model, schedule: Schedule, layers: tuple[int, ...]) -> int:
-    """Gives those of the `layers` whose caches grow in place a way of their own for one row, in place.
+    """Gives those of the `layers` whose caches grow in place a way of their own for one row, in place, not
+    that of `close_for_one_row`.
 
     Returns:
         The number of layers that changed; none of a model with grouped heads, or with odd sizes of heads.
@@ -40,6 +49,7 @@ def attend_to_one_row(model: ir.Model, schedule: Schedule, layers: tuple[int, ..
         for chain in found:
             made.branch(chain)
         graph.sort()
+        RemoveUnusedNodesPass()(model)  # masks of one row that no layer reads any more
         model.opset_imports[CONTRIB] = 1
     return len(found)
 
@@ -144,7 +154,8 @@ class _OneRow:
     def branch(self, chain: _Chain) -> None:
         """Puts a layer's operators into one branch, and the one operator into the other."""
         kept, name = [chain.result, *chain.presents], f"several.{chain.layer}"
-        run_for_several(self.graph, chain.nodes, kept, self._in_one(chain), name)
+        nodes = [each for node in chain.nodes for each in only_several(self.graph, node)]
+        run_for_several(self.graph, nodes, kept, self._in_one(chain), name)
 
     def _in_one(self, chain: _Chain) -> ir.Graph:
         heads, size, tape = self.model.heads, self.model.head_dim, Tape()
@@ -175,11 +186,11 @@ class _OneRow:
         cached = self.cached[layer]
         if cached not in self.lengths:
             tape, past = Tape(), self.inputs[f"{PAST_ROWS}.{layer}"]
-            place_of = tape.op("Cast", [past], {"to": INT32.value})
+            last = tape.op("Cast", [past], {"to": INT32.value})
             count = tape.op("Add", [past, number(self.graph, 1)])
             count = tape.op("Cast", [tape.op("Squeeze", [count])], {"to": INT32.value})
-            place_of.dtype, place_of.shape = INT32, ir.Shape([1])
+            last.dtype, last.shape = INT32, ir.Shape([1])
             count.dtype, count.shape = INT32, ir.Shape([])
             put_first(self.graph, tape, f"keys.{cached}")
-            self.lengths[cached] = place_of, count
+            self.lengths[cached] = last, count
         return self.lengths[cached]

@@ -17,23 +17,24 @@ from trimvlm.schedule import Row, Schedule
 from trimvlm_export.passes.branches import number, put_first, read_outside, run_for_several
 
 
-def attend_to_one_row_whole(model: ir.Model, schedule: Schedule) -> int:
+def close_for_one_row(model: ir.Model, schedule: Schedule) -> int:
     """Gives layers whose softmax is in the open one operator for one row, in place.
 
     Returns:
         The number of layers that changed.
     """
     graph, masks = model.graph, dict[int, ir.Value]()
-    changed = sum(_close(graph, row, masks) for row in schedule.rows if _is_open(schedule, row))
+    changed = sum(_close(graph, row, masks) for row in schedule.rows if _can_close(schedule, row))
     if changed:
         graph.sort()
     return changed
 
 
-def _is_open(schedule: Schedule, row: Row) -> bool:
-    """Whether a layer's weights are tensors, and all of them stay for rows after the prompt."""
+def _can_close(schedule: Schedule, row: Row) -> bool:
+    """Whether a layer's weights are tensors, all of which stay for rows after the prompt, of the keys that it
+    caches."""
     hides = (row.text_keys, row.visual_keys) != ("live", "live")
-    alone = row.masked_by is None and not row.selects_inside
+    alone = row.masked_by is None and not row.selects_inside and row.cached == row.live
     return schedule.mask == "post_softmax" and row.attends and row.execute == "both" and hides and alone
 
 

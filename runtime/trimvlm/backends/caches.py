@@ -200,5 +200,6 @@ class InPlace:
         kept = feeds.get(PAST_CACHES)
         if kept is None:
             return Caches({name: feeds[f"{PAST}_{name}"] for name in self.names}, self.spare)
+        assert kept.caches.spare is self.spare, "what another session kept"
         assert kept.run == kept.caches.runs, "what a run kept was fed to another run before"
         return kept.caches
