@@ -58,10 +58,16 @@ def attention_pieces(schedule: Schedule, row: Row) -> int:
     Figures are in decision 0028.
     """
     whole = row.attends and row.execute == "both" and row.query == row.visual_keys == "live"
-    open_softmax = row.selects_inside or (schedule.mask == "post_softmax" and row.text_keys != "live")
-    if not whole or open_softmax or row.layer == schedule.model.layers - 1:
+    opened = row.selects_inside or opens_softmax(schedule, row)
+    if not whole or opened or row.layer == schedule.model.layers - 1:
         return 1
     return max(1, min(MOST_PIECES, row.live // PIECE_ROWS))
+
+
+def opens_softmax(schedule: Schedule, row: Row) -> bool:
+    """Whether a layer's attention weights are tensors in a prompt: some are taken away after the softmax."""
+    hides = (row.text_keys, row.visual_keys) != ("live", "live")
+    return schedule.mask == "post_softmax" and row.attends and row.execute == "both" and hides
 
 
 def hidden_pairs(schedule: Schedule) -> tuple[int, ...]:

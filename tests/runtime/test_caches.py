@@ -79,7 +79,7 @@ GROWING = {
     "parts": [0, 2, 3, 4],
 }
 
-CUT = ("dense", "late", "uncached", "blind")  # those that are tried with attention in pieces, too
+CUT = ("dense", "late", "blind")  # those that are tried with attention in pieces, too
 
 pytestmark = pytest.mark.skipif(
     numbers(onnxruntime.__version__) < IN_PLACE_SINCE, reason="this ONNX Runtime has no TensorScatter"

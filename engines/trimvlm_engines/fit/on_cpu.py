@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from trimvlm.accounting import attention_pieces
+from trimvlm.accounting import attention_pieces, opens_softmax
 from trimvlm.backends.caches import KINDS, ROOM
 from trimvlm.bundle import Bundle
 from trimvlm_engines.fit import live
@@ -91,11 +91,15 @@ def _arena(role: str, subject: Subject, request: Request) -> int:
     arena, graph = Arena(), subject.graphs[role]
     schedule = subject.schedule
     pieces = {row.layer: attention_pieces(schedule, row) for row in schedule.rows if decodes(role)}
-    apart = {f"present_{kind}.{layer}" for kind in KINDS for layer in subject.in_place if decodes(role)}
+    caches = {f"present_{kind}.{layer}" for kind in KINDS for layer in subject.in_place if decodes(role)}
+    # A softmax in the open reads copies of what is filled, which a prompt lets go after the layer.
+    opened = {row.layer for row in schedule.rows if opens_softmax(schedule, row)}
+    copies = {name for name in caches if int(name.partition(".")[2]) in opened}
+    outputs, apart = [name for name in graph.outputs if name not in copies], caches - copies
 
     def run(shapes: dict[str, Shape], cut: Mapping[int | None, int]) -> dict[str, Any]:
         sized, scratch = graph.sized(shapes), partial(live.scores_apart, pieces=cut)
-        return live.run(sized, graph.outputs, arena, scratch, outside=apart.__contains__)
+        return live.run(sized, outputs, arena, scratch, outside=apart.__contains__)
 
     kept = run(subject.first(role, request), {layer: pieces[layer] for layer in subject.in_place & {*pieces}})
     for number in _steps(request.new_tokens) if decodes(role) else ():

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from trimvlm.accounting import opens_softmax
 from trimvlm.schedule import Row, Schedule
 from trimvlm_export.passes.branches import number, put_first, read_outside, run_for_several
 
@@ -31,11 +32,9 @@ def close_for_one_row(model: ir.Model, schedule: Schedule) -> int:
 
 
 def _can_close(schedule: Schedule, row: Row) -> bool:
-    """Whether a layer's weights are tensors, all of which stay for rows after the prompt, of the keys that it
-    caches."""
-    hides = (row.text_keys, row.visual_keys) != ("live", "live")
+    """Whether a layer's softmax is in the open, and rows after the prompt see all that it read."""
     alone = row.masked_by is None and not row.selects_inside and row.cached == row.live
-    return schedule.mask == "post_softmax" and row.attends and row.execute == "both" and hides and alone
+    return opens_softmax(schedule, row) and alone
 
 
 def _close(graph: ir.Graph, row: Row, masks: dict[int, ir.Value]) -> bool:
