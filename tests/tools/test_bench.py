@@ -187,11 +187,22 @@ def test_time_outside_graphs_is_host_time():
 
 
 def test_a_contender_that_does_not_start_or_does_not_speak_json_is_reported():
-    silent = Contender(name="silent", command=(sys.executable, "-c", "raise ValueError('no graph here')"))
-    chatty = Contender(name="chatty", command=(sys.executable, "-c", "print('hello')"))
-    result = race([silent, chatty], runs=1)
+    codes = {
+        "silent": "raise ValueError('no graph here')",
+        "wordy": "raise ImportError('\\nvideos want torchvision\\nRestart afterwards.\\n')",
+        "curt": "raise SystemExit('no\\nmore memory')",
+        "mute": "raise SystemExit(3)",
+        "chatty": "print('hello')",
+    }
+    contenders = [
+        Contender(name=name, command=(sys.executable, "-c", code)) for name, code in codes.items()
+    ]
+    result = race(contenders, runs=1)
     assert result.failed == {
         "silent": "exit code 1: ValueError: no graph here",
+        "wordy": "exit code 1: ImportError: videos want torchvision Restart afterwards.",
+        "curt": "exit code 1: more memory",
+        "mute": "exit code 3: no message",
         "chatty": "not a reply: 'hello'",
     }
     assert result.figures == {}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_tiled import tiny_onevision
 
 from trimvlm.errors import UserError
 from trimvlm_tools.bench.geometry import Geometry, make_checkpoint
@@ -134,6 +135,16 @@ def test_answers_start_from_the_image_and_the_question(checkpoint, tmp_path):
     assert answers.run(picture.getvalue(), QUESTION) > 0
     with pytest.raises(OSError):
         answers.run(b"no image", QUESTION)
+
+
+def test_answers_of_a_family_whose_processor_also_takes_videos(tmp_path):
+    """transformers makes no such processor where torchvision is not installed."""
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 50)).save(picture, "png")
+    (tmp_path / "peer").mkdir()
+    transformers_eager.convert(tiny_onevision(tmp_path / "checkpoint"), tmp_path / "peer", "fp32")
+    answers = transformers_eager.open_answer(tmp_path / "peer", 1, "fp32", None)
+    assert answers.run(picture.getvalue(), "what") > 0
 
 
 @pytest.mark.parametrize("new_tokens", [1, 3])

@@ -23,6 +23,8 @@ from trimvlm_tools.bench.process_memory import Memory, Watched
 
 # ONNX Runtime and what is built on it report home otherwise: nobody here does, ours or a peer.
 SILENT = {"ORT_DISABLE_TELEMETRY": "1"}
+_TRACEBACK = "Traceback (most recent call last):"
+_WORDS = 300  # characters of an error's message
 _SETTLING = 0.05  # seconds: threads of the contender before may still wait busily
 
 
@@ -167,9 +169,13 @@ class _Process:
 
 
 def last_words(errors: str, code: int) -> str:
-    """Why a process ended, from what it printed to stderr."""
-    words = errors.strip().splitlines()
-    return f"exit code {code}: {words[-1] if words else 'no message'}"
+    """Why a process ended, from what it printed to stderr: its last line, or the message of an exception."""
+    lines = errors.strip().splitlines() or ["no message"]
+    words = lines[-1:]
+    if _TRACEBACK in lines:
+        frames = [number for number, line in enumerate(lines) if line == _TRACEBACK or line.startswith("  ")]
+        words = lines[frames[-1] + 1 :] or words
+    return f"exit code {code}: {' '.join(' '.join(words).split())[:_WORDS]}"
 
 
 def race(

@@ -37,10 +37,10 @@ def load_model(directory: Path, threads: int) -> Any:
 
 
 def load_processor(directory: Path) -> Any:
-    """The processor of a linked checkpoint."""
-    from transformers import AutoProcessor
+    """The processor of a linked checkpoint, which takes images; for videos transformers wants torchvision."""
+    from trimvlm_export.processing import load_processor
 
-    return AutoProcessor.from_pretrained(linked_checkpoint(directory))
+    return load_processor(linked_checkpoint(directory))
 
 
 def read_question(processor: Any, image: bytes, question: str) -> Any:
