@@ -20,6 +20,7 @@ from trimvlm_export.passes.open_softmax import close_for_one_row
 from trimvlm_export.passes.primitive import to_primitive
 from trimvlm_export.passes.residual import add_in_products
 from trimvlm_export.passes.scaled import scale_queries
+from trimvlm_export.passes.selections import rank_only_visual_rows
 from trimvlm_export.repeated_layers import trace_decoder
 from trimvlm_export.source import Source
 from trimvlm_export.text_model import axes, biases, check_text_model, rotary
@@ -47,6 +48,7 @@ def export_decoder(
     save(model, source.out / files[fused])
     if not filled:
         changed = model.clone()
+        rank_only_visual_rows(changed)
         close_for_one_row(changed, schedule)
         if layers := to_in_place(changed):
             attend_in_pieces(changed, schedule, layers)

@@ -72,8 +72,8 @@ def opens_softmax(schedule: Schedule, row: Row) -> bool:
 
 def hidden_pairs(schedule: Schedule) -> tuple[int, ...]:
     """FLOPs (MAC2) of each layer's attention that `attention_pieces` leaves out, for one image: scores of
-    visual rows with visual keys after their piece. A layer whose keys the next one's selection reads is whole
-    in the graph; it is counted as cut here."""
+    visual rows with visual keys after their piece. A layer that caches other rows than it reads is whole in
+    the graph; it is counted as cut here."""
     model, found = schedule.model, []
     for row in schedule.rows:
         pieces = attention_pieces(schedule, row)

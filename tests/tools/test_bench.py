@@ -194,9 +194,7 @@ def test_a_contender_that_does_not_start_or_does_not_speak_json_is_reported():
         "mute": "raise SystemExit(3)",
         "chatty": "print('hello')",
     }
-    contenders = [
-        Contender(name=name, command=(sys.executable, "-c", code)) for name, code in codes.items()
-    ]
+    contenders = [Contender(name=name, command=(sys.executable, "-c", code)) for name, code in codes.items()]
     result = race(contenders, runs=1)
     assert result.failed == {
         "silent": "exit code 1: ValueError: no graph here",

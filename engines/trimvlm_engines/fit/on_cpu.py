@@ -15,6 +15,7 @@ from typing import Any
 from trimvlm.accounting import attention_pieces, opens_softmax
 from trimvlm.backends.caches import KINDS, ROOM
 from trimvlm.bundle import Bundle
+from trimvlm.rules import reads
 from trimvlm_engines.fit import live
 from trimvlm_engines.fit.arena import Arena
 from trimvlm_engines.fit.memory import MIB, Memory, Piece, decodes, kv_layers
@@ -92,8 +93,10 @@ def _arena(role: str, subject: Subject, request: Request) -> int:
     schedule = subject.schedule
     pieces = {row.layer: attention_pieces(schedule, row) for row in schedule.rows if decodes(role)}
     caches = {f"present_{kind}.{layer}" for kind in KINDS for layer in subject.in_place if decodes(role)}
-    # A softmax in the open reads copies of what is filled, which a prompt lets go after the layer.
+    # A softmax in the open, and a stage that ranks by it, read copies of what is filled, which a prompt lets
+    # go after the layer.
     opened = {row.layer for row in schedule.rows if opens_softmax(schedule, row)}
+    opened |= {row.layer - 1 for row in schedule.stages if row.select and reads(row.select.by) == "previous"}
     copies = {name for name in caches if int(name.partition(".")[2]) in opened}
     outputs, apart = [name for name in graph.outputs if name not in copies], caches - copies
 

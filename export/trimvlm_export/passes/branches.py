@@ -27,16 +27,30 @@ def several_rows(graph: ir.Graph) -> ir.Value:
 def run_for_several(
     graph: ir.Graph, nodes: Sequence[ir.Node], kept: Sequence[ir.Value], other: ir.Graph, name: str
 ) -> None:
-    """Makes nodes run where there are several rows, and `other` where there is one, in place.
+    """Makes nodes run where there are several rows, and `other` where there is one; see `run_in_branch`."""
+    run_in_branch(graph, nodes, kept, other, name, condition=several_rows(graph))
+
+
+def run_in_branch(
+    graph: ir.Graph,
+    nodes: Sequence[ir.Node],
+    kept: Sequence[ir.Value],
+    other: ir.Graph,
+    name: str,
+    *,
+    condition: ir.Value,
+) -> None:
+    """Makes nodes run where a condition holds, and `other` where not, in place.
 
     Args:
         nodes: of the graph, in their order.
         kept: what of theirs is read elsewhere.
         other: gives as many values, which replace these.
         name: of the branch.
+        condition: bool [].
     """
     names = [value.name for value in kept]
-    node = ir.node("If", [several_rows(graph)], attributes={}, num_outputs=len(kept), name=f"{names[0]}.rows")
+    node = ir.node("If", [condition], attributes={}, num_outputs=len(kept), name=f"{names[0]}.rows")
     for made, value in zip(node.outputs, kept, strict=True):
         made.type, made.shape = value.type, value.shape
     graph.insert_before(nodes[0], node)

@@ -4,14 +4,17 @@ The fused decoder makes each cache anew: past and new rows, put one after the ot
 with room for more rows than it has; `TensorScatter` writes the new ones behind the old ones, and nothing is
 copied where the library is given the same memory for input and output. Attention masks the room that is left.
 
-What else than attention reads a cache in a branch is given a copy of its filled rows. A layer whose attention
-reads other rows than it caches, or whose keys something else reads outside of branches, keeps its copies.
+What else than attention reads a cache in a branch, with its new rows or without, is given a copy of its
+filled rows. A layer whose attention reads other rows than it caches, or whose keys something else reads
+outside of branches, keeps its copies.
 Operators are of opset 24, from which on there is `TensorScatter`.
 
 Shapes: G key/value heads, B rows of the buffer, P rows in it, R new rows, C head size, S = P + R.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -54,10 +57,10 @@ def to_in_place(model: ir.Model) -> tuple[int, ...]:
 
 
 def _concat(graph: ir.Graph, inputs: dict[str, ir.Value], kind: str, layer: int) -> ir.Node | None:
-    """What appends a layer's new rows to its past, if that is all that reads the past but its length, and
-    attention is all that reads the result outside of branches."""
+    """What appends a layer's new rows to its past, if outside of branches that is all that reads the past but
+    its length, and attention is all that reads the result."""
     past = inputs[f"past_{kind}.{layer}"]
-    users = [use.node for use in past.uses()]
+    users = [use.node for use in past.uses() if use.node.graph is graph]
     appends = [node for node in users if node.op_type != "Shape"]
     if len(appends) != 1 or appends[0].op_type != "Concat" or len(appends[0].inputs) != 2:
         return None
@@ -79,36 +82,40 @@ def _is_row_count(node: ir.Node) -> bool:
 def _scatter(graph: ir.Graph, past: ir.Value, rows: ir.Value) -> None:
     """Writes new rows into the buffer `past`; its number of rows is `rows`."""
     for use in list(past.uses()):
-        if use.node.op_type == "Shape":
+        if use.node.op_type == "Shape" and use.node.graph is graph:
             ir.convenience.replace_all_uses_with(use.node.outputs[0], rows)
             graph.remove(use.node, safe=True)
-    (use,) = past.uses()
+    (use,) = (use for use in past.uses() if use.node.graph is graph)
     present, new = use.node.outputs[0], use.node.inputs[1]
     assert new is not None
+    _fill_branches(graph, past, lambda _: rows)
     tape = Tape()
     written = tape.op("TensorScatter", [past, new, rows], {"axis": 2})
     ir.convenience.replace_nodes_and_values(
         graph, use.node, [use.node], list(tape.nodes), [present], [written]
     )
     written.shape = past.shape
-    for inner in {use.node.graph for use in written.uses() if use.node.op_type != "Attention"}:
-        if inner is not None and inner is not graph:
-            _fill(graph, inner, written, new, rows)
+    _fill_branches(graph, written, lambda tape: tape.op("Add", [rows, _size(tape, new, 2)]))
 
 
-def _fill(graph: ir.Graph, inner: ir.Graph, written: ir.Value, new: ir.Value, rows: ir.Value) -> None:
-    """Gives a branch the filled rows of a buffer, where it read a cache."""
-    uses = [use for use in written.uses() if use.node.graph is inner and use.node.op_type != "Attention"]
-    tape = Tape()
-    count = tape.op("Add", [rows, _size(tape, new, 2)])
-    filled = tape.op("Slice", [written, number(graph, 0), count, number(graph, 2)])
-    assert new.shape is not None
-    filled.type, filled.shape = new.type, ir.Shape([*new.shape[:2], None, *new.shape[3:]])
-    for position, node in enumerate(tape.nodes):
-        node.name = node.outputs[0].name = f"{written.name}.filled.{position}"
-    inner.insert_before(inner[0], list(tape.nodes))
-    for use in uses:
-        use.node.replace_input_with(use.idx, filled)
+def _fill_branches(graph: ir.Graph, buffer: ir.Value, count: Callable[[Tape], ir.Value]) -> None:
+    """Gives branches the filled rows of a buffer, where they read a cache.
+
+    Args:
+        count: makes the number of these rows, int64 [1].
+    """
+    read = [use for use in buffer.uses() if use.node.op_type != "Attention" and use.node.graph is not graph]
+    for inner in {use.node.graph for use in read}:
+        assert inner is not None and buffer.shape is not None
+        tape = Tape()
+        filled = tape.op("Slice", [buffer, number(graph, 0), count(tape), number(graph, 2)])
+        filled.type, filled.shape = buffer.type, ir.Shape([*buffer.shape[:2], None, *buffer.shape[3:]])
+        for position, node in enumerate(tape.nodes):
+            node.name = node.outputs[0].name = f"{inner.name}.{buffer.name}.{position}"
+        inner.insert_before(inner[0], list(tape.nodes))
+        for use in read:
+            if use.node.graph is inner:
+                use.node.replace_input_with(use.idx, filled)
 
 
 def _mask(graph: ir.Graph, cache: ir.Value, padded: dict[ir.Value, ir.Value]) -> None:

@@ -28,6 +28,7 @@ LAYERS = "trimvlm.cached_rows"  # JSON: {"image": visual rows of one image, "lay
 CACHE, PAST, PAST_ROWS, PRESENT = "cache", "past", "past_rows", "present"
 KINDS = ("key", "value")
 ROOM = 64  # rows; attention passes over those that are not filled
+FEW = 8  # numbers of an input that is copied to where the last run had it, instead of bound
 
 
 class Caches:
@@ -37,6 +38,7 @@ class Caches:
         buffers: [1, G, B, C] by name (`key.3`).
         memory: what they lie in, with room.
         rows: filled rows, by layer; as arrays that ONNX Runtime reads where they are, parts of `counts`.
+        cells: `counts` as plain numbers.
         room: rows of the buffers, in the order of `counts`.
         free: at least so many rows of every buffer will be left after the run.
         runs: how many; what an earlier run than the last one kept is of no use any more.
@@ -49,6 +51,7 @@ class Caches:
         self.memory: dict[str, NDArray[Any]] = {}
         counts = {int(name.partition(".")[2]): array.shape[2] for name, array in past.items()}
         self.counts = np.array([*counts.values()])
+        self.cells = self.counts.data
         self.room = self.counts.copy()
         self.free = 0
         self.rows = {layer: self.counts[number : number + 1] for number, layer in enumerate(counts)}
@@ -70,6 +73,15 @@ class Caches:
                 if small[number]:
                     self.room[number] = self._grow(layer, int(wanted[number]))
         self.free = int((self.room - wanted).min())
+
+    def advance(self, added: NDArray[np.int64] | int) -> None:
+        """Counts rows that a run has written."""
+        self.runs += 1
+        if isinstance(added, int):
+            for number in range(len(self.cells)):  # after a token, numpy is out of the processor's caches
+                self.cells[number] += added
+        else:
+            self.counts += added
 
     def _grow(self, layer: int, wanted: int) -> int:
         """Rows of the layer's buffers from now on."""
@@ -128,13 +140,17 @@ class Bound:
         for name in self.outputs:
             self.binding.bind_output(name)
         for name, value in feeds.items():
-            if self._fed.get(name) is value:
+            before = self._fed.get(name)
+            if before is value:
                 continue
-            if isinstance(value, np.ndarray):
-                self.binding.bind_cpu_input(name, value)
-            else:
+            if not isinstance(value, np.ndarray):
                 self.binding.bind_ortvalue_input(name, value)
-            self._fed[name] = value
+                self._fed[name] = value
+            elif value.size <= FEW and isinstance(before, np.ndarray) and before.shape == value.shape:
+                before[...] = value
+            else:
+                self._fed[name] = bound = value.copy() if value.size <= FEW else value
+                self.binding.bind_cpu_input(name, bound)
 
 
 class Kept:
@@ -182,8 +198,7 @@ class InPlace:
             bound = caches.bound = Bound(self.session.io_binding(), caches, fetch, keep, self.presents)
         bound.feed({name: value for name, value in feeds.items() if name not in self.pasts})
         self.session.run_with_iobinding(bound.binding, options)
-        caches.runs += 1
-        caches.counts += added
+        caches.advance(added)
         outputs = bound.binding.get_outputs_as_ortvaluevector()  # no object for each of the buffers
         values = {name: outputs[number] for number, name in enumerate(bound.outputs, len(self.names))}
         results: dict[str, Any] = {
