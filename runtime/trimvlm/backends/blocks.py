@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from trimvlm.backends import Backend, Port
+from trimvlm.backends import PRESENT_CACHES, Backend, Port
 
 CARRIED = "carried."  # how names of values begin that are between blocks only
 
@@ -75,6 +75,7 @@ class Blocks:
                 [name for name in made if name in fetch],
                 [*carried, *(name for name in made if name in keep and name not in carried)],
             )
+            assert PRESENT_CACHES not in ran, f"{block}: caches that grow in place are of whole decoders"
             results |= {name: value for name, value in ran.items() if name in wanted}
             values |= ran
             values = {name: value for name, value in values.items() if readers.get(name) != block}
