@@ -20,7 +20,7 @@ from trimvlm.bundle import Bundle
 from trimvlm.decoding import Decoder, prefill_inputs, step_inputs
 from trimvlm.opening import IN_PLACE_SINCE, on_cpu
 from trimvlm.profile import Decisions, LayerRule, Method, Profile, Select, SkipMode, SkipStage
-from trimvlm.rules import LastRowAttention, ValueInfluence
+from trimvlm.rules import LastRowAttention, TextAttention, ValueInfluence
 from trimvlm.schedule import Schedule
 from trimvlm.target import numbers
 from trimvlm.text import Prompt
@@ -32,6 +32,9 @@ DECISIONS = {
     "dense": Decisions(),
     "late": Decisions(inject=1, exit=4, select=(Select(layer=2, keep=7, by=OWN),)),
     "ranked": Decisions(select=(Select(layer=2, keep=8, by=PREVIOUS),)),
+    "rated": Decisions(
+        select=(Select(layer=1, keep=9, by=TextAttention()), Select(layer=3, keep=5, by=ValueInfluence()))
+    ),
     "uncached": Decisions(
         layers=(
             LayerRule(layers=(0,), visual_keys="none"),
@@ -72,6 +75,7 @@ GROWING = {
     "dense": [0, 1, 2, 3, 4],
     "late": [0, 1, 2, 3, 4],
     "ranked": [0, 1, 2, 3, 4],
+    "rated": [0, 1, 2, 3, 4],
     "uncached": [0, 1, 4],
     "blind": [0, 1, 2, 4],
     "hidden": [0, 1, 2, 4],
@@ -130,6 +134,31 @@ def test_every_step_is_as_with_caches_made_anew(bundle: Bundle, name: str, image
         found = ours_all(step_inputs(7, end, kept))
         for each, value in theirs_all(step_inputs(7, end, wanted)).items():
             np.testing.assert_allclose(found[each], value, atol=2e-5, err_msg=each)
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_an_image_after_a_token(bundle: Bundle, name: str) -> None:
+    """A stage then ranks the new image's rows by caches that hold others."""
+    rows, visual = prompt(bundle, name, 1)
+    later = Prompt(
+        input_ids=rows.input_ids + 1,
+        text_positions=rows.text_positions + rows.length + 1,
+        visual_positions=rows.visual_positions + rows.length + 1,
+    )
+    end = rows.length + 1 + later.length
+    with open_decoder(bundle, name, "fused") as anew, open_decoder(bundle, name, "in_place") as backend:
+        presents = [each for each in anew.outputs("decoder") if each.startswith("present_")]
+        chosen = [each for each in anew.outputs("decoder") if each.startswith(("selected", "scores"))]
+        answers: list[list[dict[str, Any]]] = []
+        for run in (Decoder(each, ["logits", *chosen], presents) for each in (backend, anew)):
+            answers.append(made := [run(prefill_inputs(rows, visual))])
+            made.append(run(step_inputs(9, rows.length, made[-1])))
+            past = {key: value for key, value in step_inputs(0, 0, made[-1]).items() if "past_" in key}
+            made.append(run(prefill_inputs(later, visual[::-1].copy()) | past))
+            made.append(run(step_inputs(11, end, made[-1])))
+        for ours, theirs in zip(*answers, strict=True):
+            for value in ("logits", *chosen):
+                np.testing.assert_allclose(ours[value], theirs[value], atol=2e-5, err_msg=value)
 
 
 @pytest.fixture(scope="module")
@@ -280,12 +309,25 @@ def test_graph_is_small(bundle: Bundle) -> None:
     assert sizes["in_place"] < 1.5 * sizes["fused"]
 
 
+@pytest.mark.parametrize("name", DECISIONS)
+def test_branches_read_no_weights(bundle: Bundle, name: str) -> None:
+    """Quantising finds products with weights outside of branches only."""
+    file = bundle.path(bundle.manifest.profiles[name].decoders["in_place"])
+    graph = onnx.load(str(file), load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer if tensor.external_data}
+    branches = [each.g for node in graph.node for each in node.attribute if each.HasField("g")]
+    assert weights and branches
+    for node in (node for branch in branches for node in branch.node):
+        assert weights.isdisjoint(node.input), node.name
+
+
 # Layers whose rows after the prompt see all that is cached, in one operator: where caches grow in place and
 # no stage reads the layer's queries, or keys before they are cached.
 IN_ONE = {
     "dense": 5,
     "late": 4,
     "ranked": 4,
+    "rated": 3,
     "uncached": 2,
     "blind": 4,
     "hidden": 1,
@@ -364,7 +406,7 @@ def test_other_heads_keep_their_attention(heads: dict[str, int], tmp_path: Path)
     assert {each.domain for each in model.opset_import} == {""}
 
 
-RANKING = {"late": 1, "ranked": 1, "hidden": 1}  # stages
+RANKING = {"late": 1, "ranked": 1, "rated": 2, "hidden": 1}  # stages
 
 
 @pytest.mark.parametrize("name", RANKING)

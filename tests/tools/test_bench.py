@@ -190,6 +190,9 @@ def test_a_contender_that_does_not_start_or_does_not_speak_json_is_reported():
     codes = {
         "silent": "raise ValueError('no graph here')",
         "wordy": "raise ImportError('\\nvideos want torchvision\\nRestart afterwards.\\n')",
+        "listing": "raise ImportError('cannot open:\\n  a.so: not found\\n  b.so: not found')",
+        "late": "import traceback, sys\ntry: 1 / 0\nexcept ZeroDivisionError: traceback.print_exc()\n"
+        "sys.exit('loading\\n' * 100 + 'no memory left')",
         "curt": "raise SystemExit('no\\nmore memory')",
         "mute": "raise SystemExit(3)",
         "chatty": "print('hello')",
@@ -199,6 +202,9 @@ def test_a_contender_that_does_not_start_or_does_not_speak_json_is_reported():
     assert result.failed == {
         "silent": "exit code 1: ValueError: no graph here",
         "wordy": "exit code 1: ImportError: videos want torchvision Restart afterwards.",
+        "listing": "exit code 1: ImportError: cannot open: a.so: not found b.so: not found",
+        "late": f"exit code 1: ZeroDivisionError: division by zero {'loading ' * 15}lo ... "
+        f"{'loading ' * 16}no memory left",
         "curt": "exit code 1: more memory",
         "mute": "exit code 3: no message",
         "chatty": "not a reply: 'hello'",

@@ -15,7 +15,7 @@ from typing import Any
 from trimvlm.accounting import attention_pieces, opens_softmax
 from trimvlm.backends.caches import KINDS, ROOM
 from trimvlm.bundle import Bundle
-from trimvlm.rules import reads
+from trimvlm.rules import ValueInfluence, reads
 from trimvlm_engines.fit import live
 from trimvlm_engines.fit.arena import Arena
 from trimvlm_engines.fit.memory import MIB, Memory, Piece, decodes, kv_layers
@@ -95,9 +95,12 @@ def _arena(role: str, subject: Subject, request: Request) -> int:
     caches = {f"present_{kind}.{layer}" for kind in KINDS for layer in subject.in_place if decodes(role)}
     # A softmax in the open, and a stage that ranks by it, read copies of what is filled, which a prompt lets
     # go after the layer.
-    opened = {row.layer for row in schedule.rows if opens_softmax(schedule, row)}
-    opened |= {row.layer - 1 for row in schedule.stages if row.select and reads(row.select.by) == "previous"}
-    copies = {name for name in caches if int(name.partition(".")[2]) in opened}
+    opened = {row.layer: KINDS for row in schedule.rows if opens_softmax(schedule, row)}
+    for row in schedule.stages:
+        if row.select and reads(row.select.by) == "previous":
+            ranked = KINDS if isinstance(row.select.by, ValueInfluence) else KINDS[:1]
+            opened.setdefault(row.layer - 1, ranked)
+    copies = caches & {f"present_{kind}.{layer}" for layer, kinds in opened.items() for kind in kinds}
     outputs, apart = [name for name in graph.outputs if name not in copies], caches - copies
 
     def run(shapes: dict[str, Shape], cut: Mapping[int | None, int]) -> dict[str, Any]:

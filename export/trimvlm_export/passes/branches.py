@@ -1,4 +1,4 @@
-"""Parts of a decoder that run for several rows only: `If` around them, and another way for one row."""
+"""Parts of a decoder that run where a condition holds: an `If` around them, and another way where not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_in_branch(
         condition: bool [].
     """
     names = [value.name for value in kept]
-    node = ir.node("If", [condition], attributes={}, num_outputs=len(kept), name=f"{names[0]}.rows")
+    node = ir.node("If", [condition], attributes={}, num_outputs=len(kept), name=f"{name}.if")
     for made, value in zip(node.outputs, kept, strict=True):
         made.type, made.shape = value.type, value.shape
     graph.insert_before(nodes[0], node)
@@ -62,7 +62,7 @@ def run_in_branch(
             if output is value:
                 graph.outputs[position] = made
     for value, made, was in zip(kept, node.outputs, names, strict=True):
-        value.name, made.name = f"{was}.several", was
+        value.name, made.name = f"{name}.{was}", was
     graph.remove(nodes)
     branches = {"then_branch": ir.Graph([], kept, nodes=nodes, name=name), "else_branch": other}
     for each, branch in branches.items():

@@ -6,8 +6,7 @@ copied where the library is given the same memory for input and output. Attentio
 
 What else than attention reads a cache in a branch, with its new rows or without, is given a copy of its
 filled rows. A layer whose attention reads other rows than it caches, or whose keys something else reads
-outside of branches, keeps its copies.
-Operators are of opset 24, from which on there is `TensorScatter`.
+outside of branches, keeps its copies. Operators are of opset 24, from which on there is `TensorScatter`.
 
 Shapes: G key/value heads, B rows of the buffer, P rows in it, R new rows, C head size, S = P + R.
 """
@@ -76,7 +75,12 @@ def _concat(graph: ir.Graph, inputs: dict[str, ir.Value], kind: str, layer: int)
 
 def _is_row_count(node: ir.Node) -> bool:
     start, end = (node.attributes.get(name) for name in ("start", "end"))
-    return start is not None and end is not None and (start.as_int(), end.as_int()) == (2, 3)
+    return (
+        node.op_type == "Shape"
+        and start is not None
+        and end is not None
+        and (start.as_int(), end.as_int()) == (2, 3)
+    )
 
 
 def _scatter(graph: ir.Graph, past: ir.Value, rows: ir.Value) -> None:
@@ -107,14 +111,19 @@ def _fill_branches(graph: ir.Graph, buffer: ir.Value, count: Callable[[Tape], ir
     read = [use for use in buffer.uses() if use.node.op_type != "Attention" and use.node.graph is not graph]
     for inner in {use.node.graph for use in read}:
         assert inner is not None and buffer.shape is not None
-        tape = Tape()
-        filled = tape.op("Slice", [buffer, number(graph, 0), count(tape), number(graph, 2)])
-        filled.type, filled.shape = buffer.type, ir.Shape([*buffer.shape[:2], None, *buffer.shape[3:]])
+        tape, mine = Tape(), [use for use in read if use.node.graph is inner]
+        rows = count(tape)
+        if not all(_is_row_count(use.node) for use in mine):
+            filled = tape.op("Slice", [buffer, number(graph, 0), rows, number(graph, 2)])
+            filled.type, filled.shape = buffer.type, ir.Shape([*buffer.shape[:2], None, *buffer.shape[3:]])
         for position, node in enumerate(tape.nodes):
             node.name = node.outputs[0].name = f"{inner.name}.{buffer.name}.{position}"
         inner.insert_before(inner[0], list(tape.nodes))
-        for use in read:
-            if use.node.graph is inner:
+        for use in mine:
+            if _is_row_count(use.node):
+                ir.convenience.replace_all_uses_with(use.node.outputs[0], rows)
+                inner.remove(use.node, safe=True)
+            else:
                 use.node.replace_input_with(use.idx, filled)
 
 

@@ -2,8 +2,8 @@
 
 A token after the prompt has no visual rows, and a stage that ranks them has nothing to choose from. Traced,
 it still scores all that a layer has cached, in dozens of operators, for an empty result. Here an `If` gives
-that result at once; and as nothing but the `If` and attention then reads the keys, their cache can grow in
-place.
+that result at once; and where nothing but attention and branches then reads a layer's keys, their cache can
+grow in place. What two stages share, as the text rows that rate, is made in every run.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def _chosen(selected: ir.Value) -> ir.Value | None:
 
 
 def _only_for(graph: ir.Graph, results: set[ir.Value]) -> list[ir.Node]:
-    """What nothing but `results` is made with, in the graph's order; products with weights are not among it:
-    they are found outside of branches only."""
+    """Nodes whose values are read on the way to `results` only, in the graph's order; none that reads a
+    weight: quantising finds these outside of branches only."""
     found: set[ir.Node] = set()
     outputs = {*graph.outputs}
     for node in reversed(graph):
@@ -69,7 +69,7 @@ def _only_for(graph: ir.Graph, results: set[ir.Value]) -> list[ir.Node]:
             users = {use.node for value in node.outputs for use in value.uses()}
             if not users or not users <= found or not outputs.isdisjoint(node.outputs):
                 continue
-        if node.op_type != "Gemm":
+        if not any(value and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs):
             found.add(node)
     return [node for node in graph if node in found]
 

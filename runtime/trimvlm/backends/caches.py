@@ -38,7 +38,7 @@ class Caches:
         buffers: [1, G, B, C] by name (`key.3`).
         memory: what they lie in, with room.
         rows: filled rows, by layer; as arrays that ONNX Runtime reads where they are, parts of `counts`.
-        cells: `counts` as plain numbers.
+        cells: the same memory as `counts`, as a plain sequence of numbers.
         room: rows of the buffers, in the order of `counts`.
         free: at least so many rows of every buffer will be left after the run.
         runs: how many; what an earlier run than the last one kept is of no use any more.

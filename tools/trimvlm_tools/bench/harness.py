@@ -7,6 +7,7 @@ B C A, ...), because the speed of a machine drifts: ratios are taken within a ro
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -169,13 +170,17 @@ class _Process:
 
 
 def last_words(errors: str, code: int) -> str:
-    """Why a process ended, from what it printed to stderr: its last line, or the message of an exception."""
+    """Why a process ended, from what it printed to stderr: all lines of the last exception's message and what
+    follows, or the last line."""
     lines = errors.strip().splitlines() or ["no message"]
     words = lines[-1:]
     if _TRACEBACK in lines:
-        frames = [number for number, line in enumerate(lines) if line == _TRACEBACK or line.startswith("  ")]
-        words = lines[frames[-1] + 1 :] or words
-    return f"exit code {code}: {' '.join(' '.join(words).split())[:_WORDS]}"
+        start = len(lines) - lines[::-1].index(_TRACEBACK)
+        words = [*itertools.dropwhile(lambda line: line.startswith("  "), lines[start:])] or words
+    said = " ".join(" ".join(words).split())
+    if len(said) > _WORDS:  # the last traceback may have been handled: what came after it counts, too
+        said = f"{said[: _WORDS // 2]} ... {said[-_WORDS // 2 :]}"
+    return f"exit code {code}: {said}"
 
 
 def race(

@@ -38,9 +38,9 @@ def load_model(directory: Path, threads: int) -> Any:
 
 def load_processor(directory: Path) -> Any:
     """The processor of a linked checkpoint, which takes images; for videos transformers wants torchvision."""
-    from trimvlm_export.processing import load_processor
+    from trimvlm_export import processing
 
-    return load_processor(linked_checkpoint(directory))
+    return processing.load_processor(linked_checkpoint(directory))
 
 
 def read_question(processor: Any, image: bytes, question: str) -> Any:
