@@ -95,12 +95,12 @@ def _arena(role: str, subject: Subject, request: Request) -> int:
     caches = {f"present_{kind}.{layer}" for kind in KINDS for layer in subject.in_place if decodes(role)}
     # A softmax in the open, and a stage that ranks by it, read copies of what is filled, which a prompt lets
     # go after the layer.
-    opened = {row.layer: KINDS for row in schedule.rows if opens_softmax(schedule, row)}
+    opened = {(kind, row.layer) for row in schedule.rows if opens_softmax(schedule, row) for kind in KINDS}
     for row in schedule.stages:
         if row.select and reads(row.select.by) == "previous":
-            ranked = KINDS if isinstance(row.select.by, ValueInfluence) else KINDS[:1]
-            opened.setdefault(row.layer - 1, ranked)
-    copies = caches & {f"present_{kind}.{layer}" for layer, kinds in opened.items() for kind in kinds}
+            kinds = KINDS if isinstance(row.select.by, ValueInfluence) else ("key",)
+            opened |= {(kind, row.layer - 1) for kind in kinds}
+    copies = caches & {f"present_{kind}.{layer}" for kind, layer in opened}
     outputs, apart = [name for name in graph.outputs if name not in copies], caches - copies
 
     def run(shapes: dict[str, Shape], cut: Mapping[int | None, int]) -> dict[str, Any]:
