@@ -84,19 +84,21 @@ def test_graphs_are_within_the_limits_of_their_precision(
 def test_graphs_decide_in_float32(bundles: dict[str, Bundle], dtype: str) -> None:
     """Scores, their softmax and norms' statistics are float32 in either lowering, and no value is of the
     other half precision."""
-    graphs = sorted(bundles[dtype].directory.glob("*.onnx"))
-    assert len(graphs) == 4
-    for path in graphs:
+    paths = sorted(bundles[dtype].directory.glob("*.onnx"))
+    assert len(paths) == 4
+    for path in paths:
         onnx.checker.check_model(str(path), full_check=True)
         graph = shape_inference.infer_shapes(onnx.load(path, load_external_data=False)).graph
-        values = [*graph.value_info, *graph.input, *graph.output]
+        graphs = [graph, *(each.g for node in graph.node for each in node.attribute if each.HasField("g"))]
+        values = [value for each in graphs for value in (*each.value_info, *each.input, *each.output)]
         kinds = {value.name: value.type.tensor_type.elem_type for value in values}
         kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
         other = set(HALVES.values()) - {HALVES[dtype]}
         assert not other & set(kinds.values())
         decide = {"TopK", "ReduceMean", "ReduceSum", "Cos", "Sin", "Sqrt"}
         decide |= {"Softmax"} if "decoder" in path.name else set()
-        read = {(node.op_type, kinds[node.input[0]]) for node in graph.node if node.op_type in decide}
+        nodes = [node for each in graphs for node in each.node if node.op_type in decide]
+        read = {(node.op_type, kinds[node.input[0]]) for node in nodes}
         assert not {operator for operator, kind in read if kind == HALVES[dtype]}, path.name
         assert "decoder" not in path.name or ("Softmax", TensorProto.FLOAT) in read
 
