@@ -93,8 +93,8 @@ def _arena(role: str, subject: Subject, request: Request) -> int:
     schedule = subject.schedule
     pieces = {row.layer: attention_pieces(schedule, row) for row in schedule.rows if decodes(role)}
     caches = {f"present_{kind}.{layer}" for kind in KINDS for layer in subject.in_place if decodes(role)}
-    # A softmax in the open, and a stage that ranks by it, read copies of what is filled, which a prompt lets
-    # go after the layer.
+    # A softmax in the open, and a stage that ranks by the layer before it, read copies of what is filled,
+    # which a prompt lets go after the layer.
     opened = {(kind, row.layer) for row in schedule.rows if opens_softmax(schedule, row) for kind in KINDS}
     for row in schedule.stages:
         if row.select and reads(row.select.by) == "previous":
