@@ -125,6 +125,13 @@ def test_operators_are_all_the_work_of_a_run(run):
         assert attention.nodes == 4 and attention.flops == 0
         for operators in (found.prefill, found.token):
             assert operators[-1].name == BETWEEN and all(each.seconds > 0 for each in operators)
+        (gemm,) = (each for each in found.prefill if each.name == "Gemm")
+        assert sum(each.nodes for each in found.products) == gemm.nodes
+        assert sum(each.flops for each in found.products) == gemm.flops
+        assert sum(each.seconds for each in found.products) == pytest.approx(gemm.seconds)
+        rows = [point.point.visual + point.point.text, *([point.point.text] * (name == "vtw")), 1]
+        assert [each.rows for each in found.products] == rows
+        assert all(each.flops * 4 == 2 * each.rows * each.bytes for each in found.products)
     assert "a prefill" in as_text(report) and "between nodes" in as_text(report)
 
 

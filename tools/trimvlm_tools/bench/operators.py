@@ -11,7 +11,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,27 @@ class Operator(Value, frozen=True, kw_only=True):
     bytes: float
 
 
+class Products(Value, frozen=True, kw_only=True):
+    """All products of equally many rows with a weight matrix in one run of the graph; see `Operator`."""
+
+    rows: int
+    nodes: int
+    seconds: float
+    flops: int
+    bytes: float
+
+
 class Profiled(Value, frozen=True, kw_only=True):
-    """A prefill and a mean decode step, the slowest operators first; what no node accounts for is last."""
+    """A prefill and a mean decode step.
+
+    Attributes:
+        prefill, token: the slowest operators first; what no node accounts for is last.
+        products: of the prefill, the most rows first.
+    """
 
     prefill: tuple[Operator, ...]
     token: tuple[Operator, ...]
+    products: tuple[Products, ...]
 
 
 def profile_decoder(spec: Path, value_bytes: float) -> Profiled:
@@ -75,30 +91,58 @@ def summed(
         events: of ONNX Runtime's profile.
         runs: numbers of the session's runs that count.
     """
-    spans = [(each["ts"], each["ts"] + each["dur"]) for each in events if each["name"] == "model_run"]
-    wanted = [spans[number] for number in runs]
     nodes: dict[str, list[tuple[float, int, int]]] = {}
+    for name, micros, arguments in _kernels(events, runs):
+        nodes.setdefault(name, []).append((micros, *_product(name, arguments)))
+    found = [Operator(name=name, **_sum(each, len(runs), value_bytes)) for name, each in nodes.items()]
+    found.sort(key=lambda each: -each.seconds)
+    whole = sum(end - start for start, end in _spans(events, runs)) / 1e6 / len(runs)
+    rest = whole - sum(each.seconds for each in found)
+    return (*found, Operator(name=BETWEEN, nodes=0, seconds=rest, flops=0, bytes=0))
+
+
+def by_rows(
+    events: Sequence[Mapping[str, Any]], runs: Sequence[int], value_bytes: float
+) -> tuple[Products, ...]:
+    """The products with weights among what `summed` sums, by their rows: what the kernels reach at each."""
+    found: dict[int, list[tuple[float, int, int]]] = {}
+    for name, micros, arguments in _kernels(events, runs):
+        flops, values = _product(name, arguments)
+        if values:
+            found.setdefault(flops // (2 * values), []).append((micros, flops, values))
+    return tuple(
+        Products(rows=rows, **_sum(found[rows], len(runs), value_bytes))
+        for rows in sorted(found, reverse=True)
+    )
+
+
+def _spans(events: Sequence[Mapping[str, Any]], runs: Sequence[int]) -> list[tuple[float, float]]:
+    """Microseconds at which the runs start and end."""
+    spans = [(each["ts"], each["ts"] + each["dur"]) for each in events if each["name"] == "model_run"]
+    return [spans[number] for number in runs]
+
+
+def _kernels(
+    events: Sequence[Mapping[str, Any]], runs: Sequence[int]
+) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
+    """Operator, microseconds and arguments of every node that ran; of an If its branch's nodes alone."""
+    wanted = _spans(events, runs)
     for each in events:
         if each.get("cat") != "Node" or not each["name"].endswith("_kernel_time"):
             continue
         name = each["args"]["op_name"]
-        if name != "If" and any(
-            start <= each["ts"] < end for start, end in wanted
-        ):  # its nodes are listed too
-            nodes.setdefault(name, []).append((each["dur"], *_product(name, each["args"])))
-    found = [
-        Operator(
-            name=name,
-            nodes=len(each) // len(runs),
-            seconds=sum(micros for micros, _, _ in each) / 1e6 / len(runs),
-            flops=sum(flops for _, flops, _ in each) // len(runs),
-            bytes=value_bytes * sum(values for _, _, values in each) / len(runs),
-        )
-        for name, each in nodes.items()
-    ]
-    found.sort(key=lambda each: -each.seconds)
-    rest = sum(end - start for start, end in wanted) / 1e6 / len(runs) - sum(each.seconds for each in found)
-    return (*found, Operator(name=BETWEEN, nodes=0, seconds=rest, flops=0, bytes=0))
+        if name != "If" and any(start <= each["ts"] < end for start, end in wanted):
+            yield name, each["dur"], each["args"]
+
+
+def _sum(nodes: Sequence[tuple[float, int, int]], runs: int, value_bytes: float) -> dict[str, Any]:
+    """Per run, of nodes' microseconds, FLOPs and values of weights."""
+    return {
+        "nodes": len(nodes) // runs,
+        "seconds": sum(micros for micros, _, _ in nodes) / 1e6 / runs,
+        "flops": sum(flops for _, flops, _ in nodes) // runs,
+        "bytes": value_bytes * sum(values for _, _, values in nodes) / runs,
+    }
 
 
 def _product(name: str, arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -141,7 +185,8 @@ def main() -> None:
             events = json.loads(Path(backend.sessions["decoder"].end_profiling()).read_text())
     value_bytes = float(sys.argv[2])
     prefill, token = summed(events, [1], value_bytes), summed(events, range(3, 2 + _TOKENS), value_bytes)
-    print(msgspec.json.encode(Profiled(prefill=prefill, token=token)).decode())
+    found = Profiled(prefill=prefill, token=token, products=by_rows(events, [1], value_bytes))
+    print(msgspec.json.encode(found).decode())
 
 
 def _greedy(logits_V: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trimvlm_tools.bench.answers import Answers
 from trimvlm_tools.bench.decoding import DecoderFigures
 from trimvlm_tools.bench.harness import Spread
-from trimvlm_tools.bench.operators import Profiled
+from trimvlm_tools.bench.operators import Operator, Products, Profiled
 from trimvlm_tools.bench.peaks import Peaks
 from trimvlm_tools.bench.points import PointFigures
 from trimvlm_tools.bench.report import Report
@@ -111,24 +111,29 @@ def _resources(figures: PointFigures) -> str:
 
 def _operators(point: PointFigures, name: str, found: Profiled) -> str:
     """Where a decoder's time goes, in a prefill and in a token."""
-    head, parts = ("operator", "nodes", "ms", "%", "GFLOP/s", "GB/s"), []
+    at, head, parts = f"{name}, {point.point.name}", ("nodes", "ms", "%", "GFLOP/s", "GB/s"), []
     for what, operators in (("a prefill", found.prefill), ("a token", found.token)):
         whole = sum(each.seconds for each in operators)
         rows = [
-            (
-                each.name,
-                each.nodes,
-                round(1000 * each.seconds, 2),
-                round(100 * each.seconds / whole, 1),
-                (each.flops and round(each.flops / each.seconds / 1e9, 1)) or None,
-                (each.bytes and round(each.bytes / each.seconds / 1e9, 1)) or None,
-            )
-            for each in operators
-            if each.seconds >= whole * _LEAST_SHARE
+            (each.name, *_speeds(each, whole)) for each in operators if each.seconds >= whole * _LEAST_SHARE
         ]
-        title = f"{name}, {point.point.name}: {what}, {1000 * whole:.1f} ms with the profiler on"
-        parts.append(f"{title}\n{table(head, rows)}")
+        title = f"{at}: {what}, {1000 * whole:.1f} ms with the profiler on"
+        parts.append(f"{title}\n{table(('operator', *head), rows)}")
+    whole = sum(each.seconds for each in found.prefill)
+    rows = [(each.rows, *_speeds(each, whole)) for each in found.products]
+    parts.insert(1, f"{at}: the prefill's products with weights\n{table(('rows', *head), rows)}")
     return "\n\n".join(parts)
+
+
+def _speeds(each: Operator | Products, whole: float) -> tuple[float | None, ...]:
+    """Nodes, milliseconds, per cent of the run, GFLOP/s and GB/s."""
+    return (
+        each.nodes,
+        round(1000 * each.seconds, 2),
+        round(100 * each.seconds / whole, 1),
+        (each.flops and round(each.flops / each.seconds / 1e9, 1)) or None,
+        (each.bytes and round(each.bytes / each.seconds / 1e9, 1)) or None,
+    )
 
 
 def _terms(report: Report) -> str:
