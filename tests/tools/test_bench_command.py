@@ -153,8 +153,30 @@ def test_operators_of_what_does_not_run_are_refused(capsys):
     assert "'spider-25' does not run" in capsys.readouterr().err
     assert main([*command, "fastv", "--profiles", "vtw"]) == 2
     assert "choose from dense, vtw" in capsys.readouterr().err
-    assert main(["bench", "bundle", "--operators", "dense"]) == 2
-    assert "goes with --geometry only" in capsys.readouterr().err
+    for option in (["--operators", "dense"], ["--decoders-only"]):
+        assert main(["bench", "bundle", *option]) == 2
+        assert f"{option[0]}: goes with --geometry only" in capsys.readouterr().err
+
+
+def test_decoders_alone_leave_what_needs_a_session_unmeasured(run, monkeypatch):
+    _, cache = run
+    for name, value in {"_SIDE": 256, "_BYTES": 1 << 24}.items():
+        monkeypatch.setattr(f"trimvlm_tools.bench.peaks.{name}", value)
+    report = bench_geometry(
+        find_geometry("tiny"),
+        Plan(against=(), methods=("dense",), visual=(32,), cache=cache / "alone"),
+        new_tokens=2,
+        threads=1,
+        runs=1,
+        processes=1,
+        sessions=False,
+    )
+    assert report.answers is None and report.memory == {} and report.failures == {}
+    verdicts = {bar.what: bar.verdict for bar in report.bars}
+    assert verdicts["host time / decoded token, worst"] != "not measured"
+    for what in ("host time / time to first token, worst", "weights resident / one copy, a session"):
+        assert verdicts[what] == "not measured"
+    assert "first token ms" not in as_text(report)
 
 
 def test_the_report_is_whole_as_text_as_json_and_as_plots(run, tmp_path):

@@ -33,6 +33,7 @@ def bench_geometry(
     runs: int,
     processes: int,
     operators: Sequence[str] = (),
+    sessions: bool = True,
 ) -> Report:
     """Measures the decoder at every point, answers, memory and size of a geometry.
 
@@ -41,6 +42,7 @@ def bench_geometry(
         runs: counted rounds of each process.
         processes: of each contender, one after another.
         operators: methods whose decoders are profiled operator by operator after their race.
+        sessions: also answers and memory; False: the decoder alone.
 
     Raises:
         UserError: an unknown method or peer, before anything is made; dense failed.
@@ -69,13 +71,13 @@ def bench_geometry(
             for words in texts
             for rows, profiles in made.decoders.items()
         )
-        question = geometry.question(texts[0])
-        answers = measure_answers(
-            setting, made.whole, question, geometry.picture, text=texts[0], advance=advance
-        )
+        question, answers, memory = geometry.question(texts[0]), None, None
+        if sessions:
+            answers = measure_answers(
+                setting, made.whole, question, geometry.picture, text=texts[0], advance=advance
+            )
     others = busy.others(_children_seconds() - own, perf_counter() - started)
-    memory = None
-    if plan.precision == "fp32":
+    if sessions and plan.precision == "fp32":
         memory = session_memory(
             bundle.directory,
             _members(made.whole),

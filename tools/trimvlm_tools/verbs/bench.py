@@ -47,6 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--prepare", action="store_true", help="export and convert for this precision, run nothing"
     )
     geometry.add_argument(
+        "--decoders-only", action="store_true", help="no whole answers and no memory of a session"
+    )
+    geometry.add_argument(
         "--operators", nargs="+", default=[], metavar="NAME", help="also where time goes in these profiles"
     )
     geometry.add_argument("--precision", choices=("fp32", "int4"), default="fp32", help="of the weights")
@@ -100,9 +103,9 @@ def _check(args: argparse.Namespace) -> None:
         if small := [value for value in getattr(args, name) if value < least]:
             raise UserError(f"--{name}: {small[0]} rows are too few; give at least {least}")
     if args.bundle is not None:
-        for name in ("against", "operators", "plot", "prepare"):
+        for name in ("against", "decoders_only", "operators", "plot", "prepare"):
             if getattr(args, name):
-                raise UserError(f"--{name}: goes with --geometry only")
+                raise UserError(f"--{name.replace('_', '-')}: goes with --geometry only")
     known = {DENSE, *args.profiles} if args.profiles else {*METHODS} - {*QUARTER}
     if unknown := [name for name in args.operators if name not in known]:
         raise UserError(f"--operators: {unknown[0]!r} does not run; choose from {', '.join(sorted(known))}")
@@ -121,6 +124,7 @@ def _geometry(args: argparse.Namespace):
         runs=args.runs,
         processes=args.processes,
         operators=args.operators,
+        sessions=not args.decoders_only,
     )
 
 
