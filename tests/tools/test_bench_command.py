@@ -21,7 +21,7 @@ from trimvlm.session import Session
 from trimvlm_tools.bench.choice import Member, members
 from trimvlm_tools.bench.geometry import find_geometry
 from trimvlm_tools.bench.harness import Contender
-from trimvlm_tools.bench.operators import BETWEEN
+from trimvlm_tools.bench.operators import BETWEEN, middle
 from trimvlm_tools.bench.peers.environment import PeerError
 from trimvlm_tools.bench.plots import draw
 from trimvlm_tools.bench.prepare import Made, Plan
@@ -133,6 +133,13 @@ def test_operators_are_all_the_work_of_a_run(run):
         assert [each.rows for each in found.products] == rows
         assert all(each.flops * 4 == 2 * each.rows * each.bytes for each in found.products)
     assert "a prefill" in as_text(report) and "between nodes" in as_text(report)
+
+
+def test_a_slow_run_is_not_the_one_that_is_shown():
+    runs = [
+        {"name": "model_run", "ts": 100 * number, "dur": time} for number, time in enumerate((9, 2, 90, 3))
+    ]
+    assert middle(runs, range(1, 4)) == 3
 
 
 def test_what_a_build_adds_is_not_counted_as_the_bundle(run, tmp_path):

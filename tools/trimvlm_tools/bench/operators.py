@@ -22,7 +22,7 @@ from trimvlm_tools.bench.harness import ContenderError, last_words
 
 PRODUCTS = {"Gemm": True, "MatMulNBits": True, "MatMul": False, "FusedMatMul": False}  # with a weight
 BETWEEN = "between nodes"
-_TOKENS = 9  # the first is not counted: it grows the caches
+_PREFILLS, _TOKENS = 4, 10  # the first of each is not counted: it finds nothing warm, it grows the caches
 
 
 class Operator(Value, frozen=True, kw_only=True):
@@ -53,7 +53,7 @@ class Products(Value, frozen=True, kw_only=True):
 
 
 class Profiled(Value, frozen=True, kw_only=True):
-    """A prefill and a mean decode step.
+    """A prefill and a decode step, each the one of several that took the median time.
 
     Attributes:
         prefill, token: the slowest operators first; what no node accounts for is last.
@@ -82,66 +82,64 @@ def profile_decoder(spec: Path, value_bytes: float) -> Profiled:
     return msgspec.json.decode(found.stdout.splitlines()[-1], type=Profiled)
 
 
-def summed(
-    events: Sequence[Mapping[str, Any]], runs: Sequence[int], value_bytes: float
-) -> tuple[Operator, ...]:
-    """What the profiler noted of some runs, per run.
+def summed(events: Sequence[Mapping[str, Any]], run: int, value_bytes: float) -> tuple[Operator, ...]:
+    """What the profiler noted of one run.
 
     Args:
         events: of ONNX Runtime's profile.
-        runs: numbers of the session's runs that count.
+        run: number of the session's run.
     """
     nodes: dict[str, list[tuple[float, int, int]]] = {}
-    for name, micros, arguments in _kernels(events, runs):
+    for name, micros, arguments in _kernels(events, run):
         nodes.setdefault(name, []).append((micros, *_product(name, arguments)))
-    found = [Operator(name=name, **_sum(each, len(runs), value_bytes)) for name, each in nodes.items()]
+    found = [Operator(name=name, **_sum(each, value_bytes)) for name, each in nodes.items()]
     found.sort(key=lambda each: -each.seconds)
-    whole = sum(end - start for start, end in _spans(events, runs)) / 1e6 / len(runs)
-    rest = whole - sum(each.seconds for each in found)
+    start, end = _spans(events)[run]
+    rest = (end - start) / 1e6 - sum(each.seconds for each in found)
     return (*found, Operator(name=BETWEEN, nodes=0, seconds=rest, flops=0, bytes=0))
 
 
-def by_rows(
-    events: Sequence[Mapping[str, Any]], runs: Sequence[int], value_bytes: float
-) -> tuple[Products, ...]:
+def by_rows(events: Sequence[Mapping[str, Any]], run: int, value_bytes: float) -> tuple[Products, ...]:
     """The products with weights among what `summed` sums, by their rows: what the kernels reach at each."""
     found: dict[int, list[tuple[float, int, int]]] = {}
-    for name, micros, arguments in _kernels(events, runs):
+    for name, micros, arguments in _kernels(events, run):
         flops, values = _product(name, arguments)
         if values:
             found.setdefault(flops // (2 * values), []).append((micros, flops, values))
     return tuple(
-        Products(rows=rows, **_sum(found[rows], len(runs), value_bytes))
-        for rows in sorted(found, reverse=True)
+        Products(rows=rows, **_sum(found[rows], value_bytes)) for rows in sorted(found, reverse=True)
     )
 
 
-def _spans(events: Sequence[Mapping[str, Any]], runs: Sequence[int]) -> list[tuple[float, float]]:
-    """Microseconds at which the runs start and end."""
-    spans = [(each["ts"], each["ts"] + each["dur"]) for each in events if each["name"] == "model_run"]
-    return [spans[number] for number in runs]
+def middle(events: Sequence[Mapping[str, Any]], runs: Sequence[int]) -> int:
+    """The run whose duration is the median: a mean would be the slowest one's."""
+    spans = _spans(events)
+    return sorted(runs, key=lambda run: spans[run][1] - spans[run][0])[len(runs) // 2]
 
 
-def _kernels(
-    events: Sequence[Mapping[str, Any]], runs: Sequence[int]
-) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
+def _spans(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Microseconds at which each run starts and ends."""
+    return [(each["ts"], each["ts"] + each["dur"]) for each in events if each["name"] == "model_run"]
+
+
+def _kernels(events: Sequence[Mapping[str, Any]], run: int) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
     """Operator, microseconds and arguments of every node that ran; of an If its branch's nodes alone."""
-    wanted = _spans(events, runs)
+    start, end = _spans(events)[run]
     for each in events:
         if each.get("cat") != "Node" or not each["name"].endswith("_kernel_time"):
             continue
         name = each["args"]["op_name"]
-        if name != "If" and any(start <= each["ts"] < end for start, end in wanted):
+        if name != "If" and start <= each["ts"] < end:
             yield name, each["dur"], each["args"]
 
 
-def _sum(nodes: Sequence[tuple[float, int, int]], runs: int, value_bytes: float) -> dict[str, Any]:
-    """Per run, of nodes' microseconds, FLOPs and values of weights."""
+def _sum(nodes: Sequence[tuple[float, int, int]], value_bytes: float) -> dict[str, Any]:
+    """Of nodes' microseconds, FLOPs and values of weights."""
     return {
-        "nodes": len(nodes) // runs,
-        "seconds": sum(micros for micros, _, _ in nodes) / 1e6 / runs,
-        "flops": sum(flops for _, flops, _ in nodes) // runs,
-        "bytes": value_bytes * sum(values for _, _, values in nodes) / runs,
+        "nodes": len(nodes),
+        "seconds": sum(micros for micros, _, _ in nodes) / 1e6,
+        "flops": sum(flops for _, flops, _ in nodes),
+        "bytes": value_bytes * sum(values for _, _, values in nodes),
     }
 
 
@@ -155,7 +153,7 @@ def _product(name: str, arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Opens the decoder, runs a prompt twice and a few tokens, and prints what the second time took."""
+    """Opens the decoder, runs a prompt some times, then some tokens, and prints what the middle ones took."""
     import numpy as np
 
     from trimvlm.bundle import Bundle
@@ -180,12 +178,17 @@ def main() -> None:
         with backend:
             caches = [name for name in backend.outputs("decoder") if name.startswith("present_")]
             decoder = Decoder(backend, ["logits"], caches)
-            for tokens in (1, 1 + _TOKENS):
+            for tokens in (*(1,) * (_PREFILLS - 1), 1 + _TOKENS):
                 list(generate_ids(decoder, prompt, visual_ND, _greedy, eos_ids=(), max_new_tokens=tokens))
             events = json.loads(Path(backend.sessions["decoder"].end_profiling()).read_text())
     value_bytes = float(sys.argv[2])
-    prefill, token = summed(events, [1], value_bytes), summed(events, range(3, 2 + _TOKENS), value_bytes)
-    found = Profiled(prefill=prefill, token=token, products=by_rows(events, [1], value_bytes))
+    prompt_run = middle(events, range(1, _PREFILLS))
+    token_run = middle(events, range(_PREFILLS + 1, _PREFILLS + _TOKENS))
+    found = Profiled(
+        prefill=summed(events, prompt_run, value_bytes),
+        token=summed(events, token_run, value_bytes),
+        products=by_rows(events, prompt_run, value_bytes),
+    )
     print(msgspec.json.encode(found).decode())
 
 
