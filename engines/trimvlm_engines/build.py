@@ -19,8 +19,8 @@ from trimvlm_engines.library import Library, Work, open_library
 from trimvlm_engines.memory import Peak
 from trimvlm_engines.parts import Part, Role, parts
 from trimvlm_engines.progress import Progress
-from trimvlm_engines.quantizing import ensure
 from trimvlm_engines.shapes import plain
+from trimvlm_engines.weight_files import ensure
 
 __all__ = ["Made", "Part", "Role", "build", "check", "find", "make", "parts", "wanted_options"]
 

@@ -14,8 +14,9 @@ from trimvlm.errors import UserError
 from trimvlm.images import pixel_shape
 from trimvlm.opening import on_cpu
 from trimvlm.schedule import Schedule
-from trimvlm.target import BLOCKS, Target
+from trimvlm.target import BLOCKS, Target, Weights
 from trimvlm.value import Value
+from trimvlm_engines.padding import pad
 from trimvlm_engines.quantizing import quantize
 from trimvlm_engines.rewriting import read_graph
 from trimvlm_engines.shapes import (
@@ -29,7 +30,7 @@ from trimvlm_engines.shapes import (
 from trimvlm_engines.splitting import pieces
 
 if TYPE_CHECKING:
-    from trimvlm_engines.quantizing.store import Store
+    from trimvlm_engines.weight_files import WeightFile
 
 Role = str  # `vision`, `projector`, `router`, `decoder`, or of blocks of layers `decoder.0`, ...
 
@@ -44,7 +45,7 @@ class Part(Value, frozen=True, kw_only=True):
         ranges: shape ranges of its inputs.
         sources: hashes of everything that goes into it.
         phases: ranges of prefill and of decode, where the target wants them split.
-        store: quantised weights that the graph reads (`trimvlm_engines.quantizing`).
+        store: the file of weights that the graph reads and the build makes (`trimvlm_engines.weight_files`).
     """
 
     graph: str
@@ -53,7 +54,7 @@ class Part(Value, frozen=True, kw_only=True):
     ranges: dict[str, ShapeRange]
     sources: dict[str, Any]
     phases: tuple[dict[str, ShapeRange], ...] = ()
-    store: Store | None = None
+    store: WeightFile | None = None
 
 
 def parts(bundle: Bundle, name: str, entry: Entry, target: Target) -> dict[Role, Part]:
@@ -98,21 +99,21 @@ def parts_of(
         )
     ranges = decoder_ranges(schedule, target.limits, filled=not target.empty_tensors)
     phases = split(ranges) if target.ranges == "split" else ()
-    stores: list[Store] = []
+    stores: list[WeightFile] = []
 
     def rewrite(model: Any) -> dict[str, Any]:
-        assert target.weights
-        store = quantize(model, bundle, target, target.weights)
-        if store is None:
+        store = _stored(model, bundle, target, target.weights)
+        if store is None and target.weights:
             raise UserError(
                 f"target {target.name}: weights.block: no matrix of this model has rows of whole blocks, "
                 f"not even of {BLOCKS[-1]}; choose a target without `weights`"
             )
-        stores.append(store)
-        return store.said
+        stores.extend([store] if store else [])
+        return store.said if store else {}
 
     whole = bundle.path(decoder)
-    made = pieces(whole, target.limits, ranges, phases, rewrite if target.weights else None)
+    other = target.weights or target.padded
+    made = pieces(whole, target.limits, ranges, phases, rewrite if other else None)
     read = _hashes(manifest, next(iter(stores), None))
     for piece in made:
         found[piece.role] = Part(
@@ -129,6 +130,11 @@ def parts_of(
                 **piece.how,
             },
         )
+    if target.padded and not any(part.store for part in found.values()):
+        raise UserError(
+            f"target {target.name}: padded: no float32 matrix of this model has rows of whole pages (a "
+            "multiple of 1,024 values); choose the target without it, which is as fast"
+        )
     return found
 
 
@@ -141,10 +147,11 @@ def _seeing(bundle: Bundle, graph: str, target: Target, ranges: dict[str, ShapeR
         ranges=ranges,
         sources={"graph": manifest.files[graph].sha256, "weights": _hashes(manifest)},
     )
-    if target.weights is None or target.weights.vision is None:
+    weights = target.weights.vision if target.weights else None
+    if weights is None and not target.padded:
         return part
     model = read_graph(bundle.path(graph))
-    store = quantize(model, bundle, target, target.weights.vision)
+    store = _stored(model, bundle, target, weights)
     if store is None:  # a projector without matrices, or with other rows
         return part
     return msgspec.structs.replace(
@@ -156,7 +163,12 @@ def _seeing(bundle: Bundle, graph: str, target: Target, ranges: dict[str, ShapeR
     )
 
 
-def _hashes(manifest: Manifest, store: Store | None = None) -> dict[str, str]:
+def _stored(model: Any, bundle: Bundle, target: Target, weights: Weights | None) -> WeightFile | None:
+    """Makes a graph read a file of the build's own, in place; None: it has no matrix for one."""
+    return quantize(model, bundle, target, weights) if weights else pad(model, bundle)
+
+
+def _hashes(manifest: Manifest, store: WeightFile | None = None) -> dict[str, str]:
     """Of the files of weights that a graph may read. One that is still to be made has none."""
     names = [*manifest.weights, *([store.name] if store and store.name in manifest.files else [])]
     return {name: manifest.files[name].sha256 for name in names}

@@ -27,7 +27,7 @@ from trimvlm.publishing import changing, publish
 log = logging.getLogger(__name__)
 
 
-STORES = "weights.quantized."  # how files of `trimvlm_engines.quantizing` begin
+STORES = ("weights.quantized.", "weights.padded.")  # how files begin that `weight_files` makes
 
 
 class PlanFile:
@@ -147,9 +147,8 @@ def open_bundle(directory: Path) -> Bundle:
             for engine in entry.engines.values()
             for file in engine.made
         }
-        plans |= {
-            name for name in manifest.files if name.startswith(STORES)
-        }  # also where a build was stopped
+        # Also of a build that was stopped before its engine was recorded.
+        plans |= {name for name in manifest.files if name.startswith(STORES)}
         lost = {name for name in plans if not is_whole(directory / name, manifest.files[name])}
         if not lost:
             return manifest

@@ -13,7 +13,8 @@ from trimvlm.target import Target, Tested, Weights
 
 SHIPPED = Path(__file__).parent / "targets"
 DEFAULT = "ort-cpu"
-# What may follow a shipped target's name: bits of weights, of activations, block.
+# What may follow a shipped target's name: longer rows; bits of weights, of activations, block.
+PADDED = "-padded"
 QUANTIZED = re.compile(r"(?P<name>.+)-int(?P<bits>4|8)(?P<a8>a8)?(?:x(?P<block>16|32|64|128))?")
 
 
@@ -27,6 +28,8 @@ def load(name_or_path: str | Path) -> Target:
     if text.endswith((".yaml", ".yml")):
         return parse(Path(text))
     names = _names()
+    if (name := text.removesuffix(PADDED)) in names and text not in names:
+        return padded(parse(SHIPPED / f"{name}.yaml"))
     said = QUANTIZED.fullmatch(text)
     if said and said["name"] in names and text not in names:
         given = {"bits": int(said["bits"])} | ({"activations": "int8"} if said["a8"] else {})
@@ -37,8 +40,8 @@ def load(name_or_path: str | Path) -> Target:
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
             f"no target {text!r}; {hint}known are {', '.join(names)}, each also with -int4 or -int8 behind "
-            "it (then a8: activations in int8; then x16, x32, x64 or x128: block), and any path to a "
-            ".yaml of your own"
+            "it (then a8: activations in int8; then x16, x32, x64 or x128: block), ort-cpu also with "
+            f"{PADDED}, and any path to a .yaml of your own"
         )
     return parse(SHIPPED / f"{text}.yaml")
 
@@ -48,6 +51,11 @@ def quantized(target: Target, weights: Weights) -> Target:
     kind = f"{weights.bits}{'a8' if weights.activations == 'int8' else ''}"
     kind += "" if weights.block == Weights(bits=weights.bits).block else f"x{weights.block}"
     return msgspec.structs.replace(target, name=f"{target.name}-int{kind}", weights=weights, tested=Tested())
+
+
+def padded(target: Target) -> Target:
+    """The same device with rows a cache line longer. What was done on it was done without."""
+    return msgspec.structs.replace(target, name=f"{target.name}{PADDED}", padded=True, tested=Tested())
 
 
 def shipped() -> list[Target]:

@@ -16,6 +16,7 @@
     <profile>.<target>.decoder.engine plans written by `trimvlm build`
     <profile>.<target>.decoder.0.onnx decoder graphs in pieces, and their plans, where the target wants them
     weights.quantized.*.safetensors   codes and scales, for targets with quantised weights
+    weights.padded.*.safetensors      matrices with longer rows, for targets that ask for them
 
 Several profiles of one checkpoint live in one Bundle and share the weight files. All paths in the manifest
 are relative to the directory and may not leave it.

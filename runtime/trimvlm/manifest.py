@@ -92,7 +92,8 @@ class Engine(Value, frozen=True, kw_only=True):
     def made(self) -> set[str]:
         """Files that the build wrote: plans and pieces of graphs."""
         pieces = {options["piece"] for options in self.options.values() if "piece" in options}
-        pieces |= {each["quantized"]["file"] for each in self.options.values() if "quantized" in each}
+        for kind in ("quantized", "padded"):
+            pieces |= {each[kind]["file"] for each in self.options.values() if kind in each}
         return pieces | {file for file in self.graphs.values() if file.endswith(ENGINE)}
 
 

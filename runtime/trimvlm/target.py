@@ -59,7 +59,7 @@ class Limits(Value, frozen=True, kw_only=True):
             )
 
 
-RESERVED = ("decoder", "vision", "projector", "router", "weights", "quantized")
+RESERVED = ("decoder", "vision", "projector", "router", "weights", "quantized", "padded")
 
 
 class PlanOptions(Value, frozen=True, kw_only=True):
@@ -154,6 +154,8 @@ class Target(Value, frozen=True, kw_only=True):
         build_on_device: the plan must be built on this very device (classic TensorRT).
         ranges: `joint`: one range of shapes for prefill and decode; `split`: one each.
         weights: how weights are quantised; None: not at all.
+        padded: rows of matrices that are whole pages are stored a cache line longer, for ONNX Runtime's
+            products on a CPU; see `trimvlm_engines.padding`.
         plan: how plans are made.
         memory_gb: usable memory in GiB; on a Jetson what Linux shows, which the system needs a part of.
         bandwidth_gb_s: of that memory, from the datasheet.
@@ -177,6 +179,7 @@ class Target(Value, frozen=True, kw_only=True):
     build_on_device: bool = False
     ranges: Literal["joint", "split"] = "joint"
     weights: Weights | None = None
+    padded: bool = False
     plan: PlanOptions = PlanOptions()
     memory_gb: float | None = None
     bandwidth_gb_s: float | None = None
@@ -242,6 +245,10 @@ class Target(Value, frozen=True, kw_only=True):
         if onnx and self.plan != PlanOptions():
             found["plan"] = "ONNX Runtime has no plans; leave it out"
         cpu = self.provider == "CPUExecutionProvider"
+        if self.padded and not cpu:
+            found["padded"] = "only ONNX Runtime's CPU provider is faster by it; leave it out"
+        elif self.padded and self.weights:
+            found["padded"] = "quantised weights have rows of another length; leave it out"
         if not cpu and self.weights and self.weights.activations != "float":
             found["weights"] = (
                 "activations: only ONNX Runtime's CPU provider rounds them to int8; leave it out"

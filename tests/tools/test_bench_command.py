@@ -209,7 +209,7 @@ def test_members_of_a_choice_answer_as_their_own_sessions_do(run):
     def answer(session: Session) -> list[str]:
         return list(session.generate("w20 w30", [Image.fromarray(image)], max_new_tokens=4))
 
-    (member,) = members(Bundle(cache / "bundles" / "tiny"), ["dense"], threads=1)
+    (member,) = members(Bundle(cache / "bundles" / "tiny"), ["dense"], "ort-cpu", threads=1)
     with member, Session.open(cache / "bundles" / "tiny", "dense", threads=1) as session:
         assert answer(member) == answer(session) != []
 

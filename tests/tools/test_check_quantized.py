@@ -83,6 +83,18 @@ def test_profiles_share_one_file_and_pass_the_gate(
     assert all(all(parts.values()) for parts in json.loads(capsys.readouterr().out)["up_to_date"].values())
 
 
+def test_longer_rows_pass_the_gate_as_the_graph_itself(
+    bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trimvlm_engines.padding.PAGE", 64)  # bytes: a small model's rows are whole pages
+    assert main(["build", str(bundle), "--target", "ort-cpu-padded"]) == 0
+    capsys.readouterr()
+    command = ["check", str(bundle), "--data", str(data), "--samples", "2", "--json"]
+    assert main([*command, "--target", "ort-cpu-padded"]) == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert [report["profile"] for report in reports] == sorted(METHODS)
+
+
 def test_the_gate_sees_other_weights(bundle: Path, data: Path, tmp_path: Path) -> None:
     """The reference without the codes is another model: what the gate compares is what the engine reads."""
     build(bundle, "ort-cpu-int4", "dense")

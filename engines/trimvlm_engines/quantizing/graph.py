@@ -10,6 +10,7 @@ from onnx import NodeProto, TensorProto, helper
 from trimvlm_engines.quantizing.neighbours import CONTRIB, PRODUCT, add_in_norms, merge_products
 from trimvlm_engines.quantizing.store import Matrix, Store
 from trimvlm_engines.rewriting import replace_nodes
+from trimvlm_engines.weight_files import external
 
 OPSET = 21  # the first with DequantizeLinear of blocks
 IR_VERSION = 10  # the first with 4-bit integers
@@ -61,17 +62,12 @@ def _tensors(matrix: Matrix, store: Store) -> list[TensorProto]:
         codes, kind = (rows, matrix.width), TensorProto.INT4 if bits == 4 else TensorProto.INT8
         scales = (rows, blocks)
     return [
-        _external(store, f"{matrix.name}.codes", kind, codes),
-        _external(store, f"{matrix.name}.scales", matrix.kind, scales),
+        external(store.name, store.place(name), name, dtype, shape)
+        for name, dtype, shape in (
+            (f"{matrix.name}.codes", kind, codes),
+            (f"{matrix.name}.scales", matrix.kind, scales),
+        )
     ]
-
-
-def _external(store: Store, name: str, kind: int, shape: Sequence[int]) -> TensorProto:
-    tensor, place = TensorProto(name=name, data_type=kind, dims=shape), store.place(name)
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", store.name), ("offset", place.offset), ("length", place.length)):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
 
 
 def _matmul(node: NodeProto, matrix: Matrix, store: Store) -> list[NodeProto]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, groupby
@@ -17,9 +16,9 @@ from onnx import TensorProto, helper
 
 from trimvlm.target import Weights
 from trimvlm_engines.quantizing.codes import pack, quantize
+from trimvlm_engines.weight_files import Place, layout
 
 CHUNK = 1 << 24  # values that are quantised at a time
-ALIGNMENT = 64  # bytes of the file's header are a multiple of it
 # Types of weights, and of their scales: what the graph computes in.
 TYPES: dict[int, tuple[str, np.dtype[Any]]] = {
     TensorProto.FLOAT: ("F32", np.dtype(np.float32)),
@@ -36,7 +35,8 @@ TOGETHER = ("k_proj.weight", "v_proj.weight", "q_proj.weight")
 class Matrix(NamedTuple):
     """A weight [rows, width] of a Gemm, in the bundle's weight files; `kind` is ONNX's type.
 
-    `block` consecutive values of a row share a scale; the last block of a row may have fewer.
+    `block` consecutive values of a row share a scale; the last block of a row may have fewer. In blocks of 1
+    it is not quantised.
     """
 
     name: str
@@ -58,19 +58,25 @@ class Matrix(NamedTuple):
         return np.memmap(directory / self.location, dtype, "r", self.offset, (self.rows, self.width))
 
 
-def matrices(model: onnx.ModelProto, weights: Weights, form: Form) -> tuple[Matrix, ...]:
-    """Weights of the graph's Gemms; for `dequantize` in blocks that fit, and without those that none fits."""
+def gemm_weights(model: onnx.ModelProto) -> Iterator[Matrix]:
+    """Weights of the graph's Gemms, as they are in the bundle."""
     read = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
-    found: list[Matrix] = []
     for tensor in model.graph.initializer:
         if tensor.name not in read or tensor.data_location != TensorProto.EXTERNAL or len(tensor.dims) != 2:
             continue
-        rows, width = tensor.dims
-        block = weights.block if form == "matmul" else weights.block_of(width)
-        if tensor.data_type in TYPES and block:
+        if tensor.data_type in TYPES:
             said = {entry.key: entry.value for entry in tensor.external_data}
-            place = said["location"], int(said.get("offset", 0))
-            found.append(Matrix(tensor.name, tensor.data_type, rows, width, *place, block))
+            (rows, width), offset = tensor.dims, int(said.get("offset", 0))
+            yield Matrix(tensor.name, tensor.data_type, rows, width, said["location"], offset, block=1)
+
+
+def matrices(model: onnx.ModelProto, weights: Weights, form: Form) -> tuple[Matrix, ...]:
+    """What is quantised; for `dequantize` in blocks that fit, and without those that none fits."""
+    found: list[Matrix] = []
+    for each in gemm_weights(model):
+        block = weights.block if form == "matmul" else weights.block_of(each.width)
+        if block:
+            found.append(each._replace(block=block))
     return tuple(sorted(found, key=_order))  # the same file for graphs with the same matrices
 
 
@@ -81,13 +87,6 @@ def _order(matrix: Matrix) -> tuple[str, int]:
 
 def _group(matrix: Matrix) -> tuple[str, int, int, int]:
     return _order(matrix)[0], matrix.kind, matrix.width, matrix.block
-
-
-class Place(NamedTuple):
-    """Where a tensor is in the file, in bytes."""
-
-    offset: int
-    length: int
 
 
 class Store:
@@ -112,26 +111,17 @@ class Store:
 
     @cached_property
     def _header(self) -> tuple[bytes, dict[str, Place]]:
-        said: dict[str, Any] = {}
-        end, bits = 0, self.weights.bits
-        for group in self.groups:
-            kind, dtype = TYPES[group[0].kind]
-            for part, stored, width, size in (
-                ("codes", "U8", group[0].blocks * group[0].block * bits // 8, 1),
-                ("scales", kind, group[0].blocks, dtype.itemsize),
-            ):
-                for each in group:
-                    begin, end = end, end + each.rows * width * size
-                    where = {"dtype": stored, "shape": [each.rows, width], "data_offsets": [begin, end]}
-                    said[f"{each.name}.{part}"] = where
-        text = json.dumps(said, separators=(",", ":")).encode()
-        text += b" " * (-(len(text) + 8) % ALIGNMENT)
-        places = {
-            name: Place(8 + len(text) + begin, end - begin)
-            for name, where in said.items()
-            for begin, end in [where["data_offsets"]]
-        }
-        return len(text).to_bytes(8, "little") + text, places
+        def tensors() -> Iterator[tuple[str, str, Sequence[int], int]]:
+            for group in self.groups:
+                kind, dtype = TYPES[group[0].kind]
+                for part, stored, width, size in (
+                    ("codes", "U8", group[0].blocks * group[0].block * self.weights.bits // 8, 1),
+                    ("scales", kind, group[0].blocks, dtype.itemsize),
+                ):
+                    for each in group:
+                        yield f"{each.name}.{part}", stored, (each.rows, width), each.rows * width * size
+
+        return layout(tensors())
 
     def place(self, name: str) -> Place:
         """Of a tensor."""

@@ -8,7 +8,7 @@ from trimvlm.bundle import Bundle
 from trimvlm.profile import Profile
 from trimvlm.schedule import Schedule
 from trimvlm.value import Value
-from trimvlm_tools.bench.bundles import TARGETS
+from trimvlm_tools.bench.bundles import own_target
 from trimvlm_tools.bench.decisions import DENSE
 from trimvlm_tools.bench.groups import Samples, race_in_groups
 from trimvlm_tools.bench.harness import Contender, Resident, Spread
@@ -77,7 +77,7 @@ def measure_answers(
             bundle,
             profile.key,
             work,
-            target=TARGETS[setting.precision],
+            target=own_target(setting.precision, setting.model),
             image=image,
             prompt=question,
             tokens=1,

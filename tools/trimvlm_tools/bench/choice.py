@@ -18,7 +18,7 @@ from PIL import Image
 from trimvlm.backends import Backend, Port
 from trimvlm.backends.blocks import part_of
 from trimvlm.bundle import Bundle
-from trimvlm.opening import ORT_CPU, check_opening, open_backends
+from trimvlm.opening import check_opening, open_backends
 from trimvlm.router_spec import Choice
 from trimvlm.runner import Runner
 from trimvlm.session import Session
@@ -50,7 +50,7 @@ class Member(Forwarding):
         return self.backend if part_of(role) == "decoder" else self.first
 
 
-def members(bundle: Bundle, names: Sequence[str], threads: int) -> list[Session]:
+def members(bundle: Bundle, names: Sequence[str], target: str, threads: int) -> list[Session]:
     """A session of each profile, all on what a session of their choice would hold; the first is to be opened
     first and closed last.
 
@@ -59,13 +59,13 @@ def members(bundle: Bundle, names: Sequence[str], threads: int) -> list[Session]
     """
     choices = {_NAME: Choice(router="", members=dict.fromkeys(names, ()))}
     bundle.manifest = msgspec.structs.replace(bundle.manifest, choices=choices)
-    check_opening(bundle, [_NAME], ORT_CPU)
+    check_opening(bundle, [_NAME], target)
     tokenizer = load_tokenizer(bundle.path(bundle.manifest.text.tokenizer))
-    backends = open_backends(bundle, _NAME, ORT_CPU, {"threads": threads})
+    backends = open_backends(bundle, _NAME, target, {"threads": threads})
     first = backends[names[0]]
     return [
         Session(
-            bundle, name, ORT_CPU, [Runner(bundle, name, {name: Member(own, first)}, tokenizer)], tokenizer
+            bundle, name, target, [Runner(bundle, name, {name: Member(own, first)}, tokenizer)], tokenizer
         )
         for name, own in backends.items()
     ]
@@ -73,10 +73,12 @@ def members(bundle: Bundle, names: Sequence[str], threads: int) -> list[Session]
 
 def main() -> None:
     """Says when the members are open, and when each has answered; waits for a line after each."""
-    directory, question, threads, *names = sys.argv[1:]
+    directory, target, question, threads, *names = sys.argv[1:]
     pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     with ExitStack() as held:
-        sessions = [held.enter_context(each) for each in members(Bundle(directory), names, int(threads))]
+        sessions = [
+            held.enter_context(each) for each in members(Bundle(directory), names, target, int(threads))
+        ]
         print("open", flush=True)
         input()
         for session in sessions:

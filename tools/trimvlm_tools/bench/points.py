@@ -13,7 +13,7 @@ from trimvlm.profile import ModelSpec, Profile
 from trimvlm.schedule import Schedule
 from trimvlm.value import Value
 from trimvlm_tools.bench import peaks as machine_peaks
-from trimvlm_tools.bench.bundles import TARGETS
+from trimvlm_tools.bench.bundles import own_target
 from trimvlm_tools.bench.decisions import DENSE
 from trimvlm_tools.bench.decoding import DecoderFigures, agreement, own_figures, peer_figures
 from trimvlm_tools.bench.groups import Samples, race_in_groups
@@ -139,7 +139,7 @@ def weight_bytes(setting: Setting, dense: Profile) -> float:
     if setting.precision == "fp32":
         return 4.0
     manifest = Bundle(setting.bundle).manifest
-    engine = manifest.profiles[dense.key].engines[TARGETS[setting.precision]]
+    engine = manifest.profiles[dense.key].engines[own_target(setting.precision, setting.model)]
     stored = manifest.files[engine.options["decoder"]["quantized"]["file"]].bytes
     return stored / weight_values(Schedule.resolve(dense, dense.model))
 
@@ -153,7 +153,7 @@ def _own(setting: Setting, profile: Profile, name: str, point: Point, ids_S: NDA
     spec = {
         "bundle": str(setting.bundle.absolute()),
         "profile": profile.key,
-        "target": TARGETS[setting.precision],
+        "target": own_target(setting.precision, setting.model),
         "threads": setting.threads,
         "rows": str(path.absolute()),
         "new_tokens": point.new_tokens,

@@ -68,7 +68,7 @@ def bench_bundle(
     for name in names if memory else ():
         weights = sum(bundle.manifest.files[file].bytes for file in bundle.manifest.weights)
         measured[name] = session_memory(
-            bundle.directory, [name], prompt=prompt, weight_bytes=weights, threads=threads
+            bundle.directory, [name], target=target, prompt=prompt, weight_bytes=weights, threads=threads
         )
     return Report(
         machine=machine,

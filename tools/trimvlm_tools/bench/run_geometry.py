@@ -11,6 +11,7 @@ from trimvlm.profile import Profile
 from trimvlm_tools import console
 from trimvlm_tools.bench.answers import measure_answers
 from trimvlm_tools.bench.bars import geometry_bars
+from trimvlm_tools.bench.bundles import own_target
 from trimvlm_tools.bench.decisions import DENSE
 from trimvlm_tools.bench.geometry import AnyGeometry
 from trimvlm_tools.bench.machine import Busy, fingerprint
@@ -81,6 +82,7 @@ def bench_geometry(
         memory = session_memory(
             bundle.directory,
             _members(made.whole),
+            target=own_target(plan.precision, made.model),
             prompt=question,
             weight_bytes=sum(bundle.manifest.files[name].bytes for name in bundle.manifest.weights),
             threads=threads,

@@ -78,10 +78,10 @@ import numpy as np
 from PIL import Image
 from trimvlm.session import Session
 
-bundle, prompt, threads, low_memory, profile = sys.argv[1:]
+bundle, target, prompt, threads, low_memory, profile = sys.argv[1:]
 pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
 start = time.perf_counter()
-with Session.open(bundle, profile, threads=int(threads), low_memory=low_memory == "1") as session:
+with Session.open(bundle, profile, target, threads=int(threads), low_memory=low_memory == "1") as session:
     print(time.perf_counter() - start, flush=True)
     input()
     for _ in session.generate(prompt, [Image.fromarray(pixels)], max_new_tokens=8):
@@ -92,7 +92,7 @@ with Session.open(bundle, profile, threads=int(threads), low_memory=low_memory =
 
 
 def session_memory(
-    bundle: Path, profiles: Sequence[str], *, prompt: str, weight_bytes: int, threads: int
+    bundle: Path, profiles: Sequence[str], *, target: str, prompt: str, weight_bytes: int, threads: int
 ) -> SessionMemory:
     """Measures the first profile of a bundle, and all given as members of a choice, each in a fresh process.
 
@@ -103,7 +103,7 @@ def session_memory(
         raise UserError("memory is read from /proc, which this system does not have; leave out --memory")
 
     def session(*, low_memory: bool = False, count: int = 2) -> list[Phase]:
-        options = (prompt, str(threads), str(int(low_memory)))
+        options = (target, prompt, str(threads), str(int(low_memory)))
         return phases(_SESSION, str(bundle), *options, profiles[0], count=count)
 
     empty = phases(_EMPTY)[0].memory
@@ -113,7 +113,7 @@ def session_memory(
     low_memory = session(low_memory=True)[1]
     choice_opened = choice = None
     if len(profiles) > 1:
-        choice_opened, choice = phases(_CHOICE, str(bundle), prompt, str(threads), *profiles, count=2)
+        choice_opened, choice = phases(_CHOICE, str(bundle), target, prompt, str(threads), *profiles, count=2)
     return SessionMemory(
         weight_bytes=weight_bytes,
         empty=empty,
