@@ -22,8 +22,8 @@ def read_graph(path: Path) -> ModelProto:
         import onnx
     except ModuleNotFoundError:
         raise UserError(
-            "limits.lm_head_columns, limits.layers_per_engine and weights need the package onnx; pip install "
-            "onnx, or leave them out of the target"
+            "limits.lm_head_columns, limits.layers_per_engine, weights and padded need the package onnx; pip "
+            "install onnx, or leave them out of the target"
         ) from None
     return onnx.load(str(path), load_external_data=False)
 
