@@ -170,8 +170,8 @@ def test_decoders_alone_leave_what_needs_a_session_unmeasured(run, monkeypatch):
     for name, value in {"_SIDE": 256, "_BYTES": 1 << 24}.items():
         monkeypatch.setattr(f"trimvlm_tools.bench.peaks.{name}", value)
     report = bench_geometry(
-        find_geometry("tiny"),
-        Plan(against=(), methods=("dense",), visual=(32,), cache=cache / "alone"),
+        msgspec.structs.replace(find_geometry("tiny"), layers=4, vision_layers=2),  # the bundle is there
+        Plan(against=(), methods=("vtw",), visual=(32,), cache=cache),
         new_tokens=2,
         threads=1,
         runs=1,
