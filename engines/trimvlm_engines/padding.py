@@ -2,7 +2,7 @@
 
 Its kernel for AVX-512 reads twelve rows of the left matrix at once, as they lie. Where a row is a whole
 number of pages (4 KiB), the same column of all twelve belongs to one set of a first-level cache of 32 KiB,
-which holds eight lines: every read then misses it. So such rows get 64 bytes of zeros, by a Pad before the
+which holds eight lines: reads then miss it. So such rows get 64 bytes of zeros, by a Pad before the
 product, and so do the matrix's, in a file that the build writes. Decision 0034 has the figures.
 """
 
@@ -75,7 +75,7 @@ def pad(model: onnx.ModelProto, bundle: Bundle) -> Padded | None:
     matrices = tuple(found.values())
     store = Padded(f"weights.padded.{digest(bundle.manifest, SCHEME, matrices)}.safetensors", matrices)
     graph, nodes, longer = model.graph, [], set[str]()
-    graph.initializer.append(numpy_helper.from_array(np.array([0, 0, 0, COLUMNS]), _SIZES))
+    graph.initializer.append(numpy_helper.from_array(np.array([0, 0, 0, COLUMNS], np.int64), _SIZES))
     for each in matrices:
         shape = (each.rows, each.width + COLUMNS)
         graph.initializer.append(

@@ -91,9 +91,8 @@ def test_a_built_profile_answers_as_without(bundle: Path) -> None:
         with Session.open(bundle, "hidivdrop", target) as session:
             prompt = session.prompt("where is w1 ?", 1)
             pixels = np.random.default_rng(3).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-            logits[target] = session.prefill(prompt, session.visual([Image.fromarray(pixels)]).rows)[
-                "logits"
-            ][0]
+            visual = session.visual([Image.fromarray(pixels)])
+            logits[target] = session.prefill(prompt, visual.rows)["logits"][0]
     np.testing.assert_allclose(logits["ort-cpu"], logits["ort-cpu-padded"], atol=1e-5)
     whole = files[0].read_bytes()
     tensors = load_file(files[0])
