@@ -21,7 +21,7 @@ from trimvlm_engines.weight_files import Place, digest, external, layout
 if TYPE_CHECKING:
     import onnx
 
-    from trimvlm_engines.quantizing.store import Matrix
+    from trimvlm_engines.matrices import Matrix
 
 PAGE, LINE = 4096, 64  # bytes
 COLUMNS = LINE // 4  # of zeros
@@ -51,13 +51,10 @@ class Padded:
 
     def write(self, put: Callable[[bytes | memoryview], int], directory: Path) -> None:
         """Copies the matrices of the bundle in `directory` row by row, a part at a time."""
-        from trimvlm_engines.quantizing.store import CHUNK
-
         put(self._header[0])
         for each in self.matrices:
-            values, rows = each.read(directory), max(1, CHUNK // each.width)
-            for start in range(0, each.rows, rows):
-                put(np.pad(values[start : start + rows], ((0, 0), (0, COLUMNS))).tobytes())
+            for part in each.parts(directory):
+                put(np.pad(part, ((0, 0), (0, COLUMNS))).tobytes())
 
 
 def pad(model: onnx.ModelProto, bundle: Bundle) -> Padded | None:
@@ -65,11 +62,11 @@ def pad(model: onnx.ModelProto, bundle: Bundle) -> Padded | None:
     their file. None: there is no such matrix."""
     from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-    from trimvlm_engines.quantizing.store import gemm_weights
+    from trimvlm_engines.matrices import gemm_weights
     from trimvlm_engines.rewriting import replace_nodes
 
     whole = (each for each in gemm_weights(model) if each.kind == TensorProto.FLOAT)
-    found = {each.name: each for each in sorted(whole) if 4 * each.width % PAGE == 0}
+    found = {each.name: each for each in sorted(whole, key=lambda m: m.name) if 4 * each.width % PAGE == 0}
     if not found:
         return None
     matrices = tuple(found.values())

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -20,6 +21,8 @@ from trimvlm_engines import record
 
 if TYPE_CHECKING:
     import onnx
+
+    from trimvlm_engines.matrices import Matrix
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +84,9 @@ def external(file: str, place: Place, name: str, kind: int, shape: Sequence[int]
     return tensor
 
 
-def digest(manifest: Manifest, scheme: int, matrices: Iterable[Any]) -> str:
+def digest(manifest: Manifest, scheme: int, matrices: Iterable[Matrix]) -> str:
     """Of what goes into a file: the rule's number and each matrix with its source's hash."""
-    sources = [scheme, *((*each, manifest.files[each.location].sha256) for each in matrices)]
+    sources = [scheme, *((*astuple(each), manifest.files[each.location].sha256) for each in matrices)]
     return hashlib.sha256(msgspec.json.encode(sources)).hexdigest()[:12]
 
 

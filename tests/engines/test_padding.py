@@ -19,8 +19,8 @@ from trimvlm.schedule import Schedule
 from trimvlm.session import Session
 from trimvlm_engines import targets
 from trimvlm_engines.build import build
+from trimvlm_engines.matrices import gemm_weights
 from trimvlm_engines.padding import COLUMNS, pad
-from trimvlm_engines.quantizing.store import gemm_weights
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_only_rows_of_whole_pages_get_zeros(bundle: Path, monkeypatch: pytest.Mo
     stored = load_file(bundle / store.name)
     assert {*stored} == {name for name, each in matrices.items() if each.width == max(widths)}
     for name, padded in stored.items():
-        assert np.array_equal(padded[:, :-COLUMNS], matrices[name].read(bundle))
+        assert np.array_equal(padded[:, :-COLUMNS], np.concatenate([*matrices[name].parts(bundle)]))
         assert not padded[:, -COLUMNS:].any()
     pads = [node for node in model.graph.node if node.op_type == "Pad"]
     assert {node.input[0] for node in pads} == read and len(pads) == len(read)

@@ -8,7 +8,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from trimvlm_engines.quantizing.neighbours import CONTRIB, PRODUCT, add_in_norms, merge_products
-from trimvlm_engines.quantizing.store import Matrix, Store
+from trimvlm_engines.quantizing.store import Blocked, Store
 from trimvlm_engines.rewriting import replace_nodes
 from trimvlm_engines.weight_files import external
 
@@ -52,7 +52,7 @@ def quantize_graph(model: onnx.ModelProto, store: Store) -> None:
         model.ir_version = max(model.ir_version, IR_VERSION)
 
 
-def _tensors(matrix: Matrix, store: Store) -> list[TensorProto]:
+def _tensors(matrix: Blocked, store: Store) -> list[TensorProto]:
     """Codes and scales as the store's operator takes them."""
     rows, bits, blocks = matrix.rows, store.weights.bits, matrix.blocks
     if store.form == "matmul":
@@ -70,7 +70,7 @@ def _tensors(matrix: Matrix, store: Store) -> list[TensorProto]:
     ]
 
 
-def _matmul(node: NodeProto, matrix: Matrix, store: Store) -> list[NodeProto]:
+def _matmul(node: NodeProto, matrix: Blocked, store: Store) -> list[NodeProto]:
     (result,), biased = node.output, len(node.input) > 2
     product = f"{result}.product" if biased else result
     made = helper.make_node(
@@ -89,13 +89,13 @@ def _matmul(node: NodeProto, matrix: Matrix, store: Store) -> list[NodeProto]:
     return [made, add] if add else [made]
 
 
-def _dequantize(matrix: Matrix) -> NodeProto:
+def _dequantize(matrix: Blocked) -> NodeProto:
     made = f"{matrix.name}.values"
     inputs = [f"{matrix.name}.codes", f"{matrix.name}.scales"]
     return helper.make_node("DequantizeLinear", inputs, [made], name=made, axis=1, block_size=matrix.block)
 
 
-def _gemm(node: NodeProto, matrix: Matrix) -> NodeProto:
+def _gemm(node: NodeProto, matrix: Blocked) -> NodeProto:
     made = NodeProto()
     made.CopyFrom(node)
     made.input[1] = f"{matrix.name}.values"

@@ -12,21 +12,21 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import GraphProto, NodeProto, helper, numpy_helper
 
-from trimvlm_engines.quantizing.store import Matrix, Store
+from trimvlm_engines.quantizing.store import Blocked, Store
 from trimvlm_engines.rewriting import replace_nodes
 
 CONTRIB = "com.microsoft"
 PRODUCT = "MatMulNBits"
 
 
-def merge_products(graph: GraphProto, store: Store) -> list[Matrix]:
+def merge_products(graph: GraphProto, store: Store) -> list[Blocked]:
     """Makes one Gemm of those of a group of the store that read the same rows, in place.
 
     Returns:
         The matrices that they read now: several of the store as one.
     """
     constant = {tensor.name for tensor in graph.initializer}
-    found: list[Matrix] = []
+    found: list[Blocked] = []
     made: dict[int, list[NodeProto]] = {}  # by the number of the node in whose place they are
     gone: set[int] = set()
     for group in store.groups:
@@ -52,7 +52,7 @@ def merge_products(graph: GraphProto, store: Store) -> list[Matrix]:
     return found
 
 
-def _gemms(graph: GraphProto, matrix: Matrix, constant: set[str]) -> list[int]:
+def _gemms(graph: GraphProto, matrix: Blocked, constant: set[str]) -> list[int]:
     """Numbers of the nodes that multiply with a matrix and add nothing but a bias."""
     return [
         number
@@ -62,7 +62,7 @@ def _gemms(graph: GraphProto, matrix: Matrix, constant: set[str]) -> list[int]:
 
 
 def _merged(
-    graph: GraphProto, matrix: Matrix, parts: Sequence[Matrix], nodes: Sequence[NodeProto]
+    graph: GraphProto, matrix: Blocked, parts: Sequence[Blocked], nodes: Sequence[NodeProto]
 ) -> list[NodeProto]:
     """A product with `matrix`, which is all the `parts`, and what its result is split into."""
     gemm, made = NodeProto(), []
