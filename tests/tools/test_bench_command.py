@@ -87,7 +87,7 @@ def test_every_contender_is_measured_and_peers_agree(run):
     (point,) = report.points
     assert [each.name for each in point.contenders] == ["dense", "vtw", "copycat"]
     dense, pruned, peer = point.contenders
-    assert dense.prefill_ratio.median == 1.0 and dense.over_roofline == 1.0
+    assert dense.prefill_ratio.median == 1.0 and dense.over_roofline == dense.over_in_turn == 1.0
     assert pruned.flops_ratio is not None and pruned.flops_ratio < 0.7
     for each in (dense, pruned):
         assert each.bytes and each.bytes.kv == each.bytes.kv_predicted > 0

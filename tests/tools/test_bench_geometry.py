@@ -116,6 +116,9 @@ def test_the_roofline_takes_the_larger_of_flops_and_bytes_layer_by_layer():
     assert work.flops[0] / 4e11 > work.bytes[0] / 4e10 and work.flops[-1] / 4e11 < work.bytes[-1] / 4e10
     few = prefill_work(resolve(Decisions(exit=1), model), 2, 4.0)
     assert few.seconds(PEAKS) > few.bytes[-1] / 4e10 + 15 * few.bytes[1] / 4e10
+    for work in (prefill_work(dense, 32, 4.0), few):
+        in_turn = [f / 4e11 + b / 4e10 for f, b in zip(work.flops, work.bytes, strict=True)]
+        assert work.seconds_in_turn(PEAKS) == pytest.approx(sum(in_turn))
 
 
 def test_decode_reads_all_weights_and_the_rows_that_are_cached_by_then():

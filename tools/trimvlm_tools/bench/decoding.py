@@ -117,6 +117,7 @@ class DecoderFigures(Value, frozen=True, kw_only=True):
         flops_ratio, over_flops: to dense, and the prefill's time ratio over that.
         roofline_ratio, over_roofline: the same with the least seconds that the measured peaks allow; None
             where there are no peaks.
+        over_in_turn: the same where reading and multiplying take turns, instead of the longer of the two.
     """
 
     name: str
@@ -140,6 +141,7 @@ class DecoderFigures(Value, frozen=True, kw_only=True):
     over_flops: float | None = None
     roofline_ratio: float | None = None
     over_roofline: float | None = None
+    over_in_turn: float | None = None
     agreement: Agreement | None = None
 
 
@@ -170,11 +172,10 @@ def own_figures(
     plain = _figures(result, name, schedule, point, value_bytes=value_bytes, peaks=peaks)
     flops = prefill_flops(schedule, point.text)
     flops_ratio = flops.total / prefill_flops(dense, point.text).total
-    roofline_ratio = None
-    if peaks:
-        its = prefill_work(dense, point.text, value_bytes).seconds(peaks)
-        roofline_ratio = plain["prefill_reached"].roofline_seconds / its
+    first, whole = (prefill_work(each, point.text, value_bytes) for each in (schedule, dense))
+    roofline_ratio = first.seconds(peaks) / whole.seconds(peaks) if peaks else None
     ratio = plain["prefill_ratio"].median
+    in_turn = first.seconds_in_turn(peaks) / whole.seconds_in_turn(peaks) if peaks else None
     figures = result.figures(name)
     kv, memory = int(figures["kv_bytes"][-1]), plain["memory"]
     activations = memory.used.anonymous_peak - memory.opened.anonymous - kv if memory else None
@@ -196,6 +197,7 @@ def own_figures(
         over_flops=ratio / flops_ratio,
         roofline_ratio=roofline_ratio,
         over_roofline=ratio / roofline_ratio if roofline_ratio else None,
+        over_in_turn=ratio / in_turn if in_turn else None,
     )
 
 

@@ -31,6 +31,10 @@ class Work(Value, frozen=True, kw_only=True):
         pairs = zip(self.flops, self.bytes, strict=True)
         return sum(max(flops / peaks.flops, moved / peaks.read) for flops, moved in pairs)
 
+    def seconds_in_turn(self, peaks: Peaks) -> float:
+        """The least time where nothing is read while something is multiplied."""
+        return sum(self.flops) / peaks.flops + sum(self.bytes) / peaks.read
+
 
 def prefill_work(schedule: Schedule, text: int, value_bytes: float) -> Work:
     """A prefill of one image and `text` text rows.

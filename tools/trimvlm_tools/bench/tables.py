@@ -68,6 +68,7 @@ def _point(figures: PointFigures) -> str:
             each.flops_ratio and round(each.flops_ratio, 4),
             each.over_flops and round(each.over_flops, 3),
             each.over_roofline and round(each.over_roofline, 3),
+            each.over_in_turn and round(each.over_in_turn, 3),
             each.tokens_per_second and round(each.tokens_per_second, 2),
             _ratio(each.decode_ratio),
             _agreement(each),
@@ -76,7 +77,7 @@ def _point(figures: PointFigures) -> str:
     ]
     header = (
         "contender", "prefill ms", "min", "max", "of dense", "FLOPs", "time/FLOPs", "time/roofline",
-        "tokens/s", "decode of dense", "same tokens",
+        "in turn", "tokens/s", "decode of dense", "same tokens",
     )  # fmt: skip
     title = f"{point.visual} visual and {point.text} text rows, {point.new_tokens} new tokens"
     return f"{title}; {_peaks(figures.peaks)}\n{table(header, rows)}"
