@@ -21,13 +21,13 @@ import msgspec
 from trimvlm.bundle import Bundle, Engine, Entry, File, Manifest
 from trimvlm.errors import UserError
 from trimvlm.files import is_whole
-from trimvlm.manifest import WEIGHT_FILES, read_manifest
+from trimvlm.manifest import WEIGHT_KINDS, read_manifest
 from trimvlm.publishing import changing, publish
 
 log = logging.getLogger(__name__)
 
 
-STORES = tuple(f"weights.{kind}." for kind in WEIGHT_FILES)  # how files begin that `weight_files` makes
+STORES = tuple(f"weights.{kind}." for kind in WEIGHT_KINDS)  # how files begin that `weight_files` makes
 
 
 class PlanFile:

@@ -20,7 +20,7 @@ from trimvlm.value import Value
 FORMAT = 3
 MANIFEST = "manifest.json"
 ENGINE = ".engine"  # how names of plans end
-WEIGHT_FILES = ("quantized", "padded")  # made by a build: `weights.<kind>.*`, and keys of an Engine's options
+WEIGHT_KINDS = ("quantized", "padded")  # of a build's `weights.<kind>.*`, and keys of an Engine's options
 LARGEST = 64 << 20  # bytes; a hundred profiles with their engines take one
 
 _ZEROS = "0" * 64
@@ -93,7 +93,7 @@ class Engine(Value, frozen=True, kw_only=True):
     def made(self) -> set[str]:
         """Files that the build wrote: plans and pieces of graphs."""
         pieces = {options["piece"] for options in self.options.values() if "piece" in options}
-        for kind in WEIGHT_FILES:
+        for kind in WEIGHT_KINDS:
             pieces |= {each[kind]["file"] for each in self.options.values() if kind in each}
         return pieces | {file for file in self.graphs.values() if file.endswith(ENGINE)}
 

@@ -10,7 +10,7 @@ import msgspec
 
 from trimvlm.bundle import DecoderGraph, Dtype, Lowering
 from trimvlm.errors import UserError
-from trimvlm.manifest import WEIGHT_FILES
+from trimvlm.manifest import WEIGHT_KINDS
 from trimvlm.schedule_checks import TENSORRT_TOPK_LIMIT
 from trimvlm.value import Value
 
@@ -60,7 +60,7 @@ class Limits(Value, frozen=True, kw_only=True):
             )
 
 
-RESERVED = ("decoder", "vision", "projector", "router", "weights", *WEIGHT_FILES)
+RESERVED = ("decoder", "vision", "projector", "router", "weights", *WEIGHT_KINDS)
 
 
 class PlanOptions(Value, frozen=True, kw_only=True):

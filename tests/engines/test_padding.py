@@ -29,7 +29,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trimvlm_engines.padding.PAGE", 128)
 
 
-@pytest.mark.parametrize("method", ["v-skip", "hidivdrop"])
+@pytest.mark.parametrize("method", ["dense", "hidivdrop"])
 @pytest.mark.usefixtures("small_pages")
 def test_graphs_agree(bundle: Path, method: str) -> None:
     opened = Bundle(bundle)

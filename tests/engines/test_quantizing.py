@@ -21,7 +21,7 @@ from trimvlm.schedule import Schedule
 from trimvlm.target import Weights
 from trimvlm_engines.quantizing.codes import dequantize, pack, quantize
 from trimvlm_engines.quantizing.graph import quantize_graph
-from trimvlm_engines.quantizing.store import Store, matrices
+from trimvlm_engines.quantizing.store import Store, blocked_matrices
 from trimvlm_engines.rewriting import replace_nodes
 
 SCHEMES = [Weights(bits=bits, block=block) for bits in (4, 8) for block in (16, 32, 64)]
@@ -64,7 +64,7 @@ def test_graphs_agree(bundle: Path, scheme: Weights, method: str) -> None:
     _, entry = opened.entry(method)
     model = onnx.load(str(opened.path(entry.decoders["fused"])), load_external_data=False)
     schedule = Schedule.resolve(opened.profile(method), entry.model)
-    found = matrices(model, scheme, "dequantize")  # in whole blocks, which both forms take
+    found = blocked_matrices(model, scheme, "dequantize")  # in whole blocks, which both forms take
     assert len(found) == 7 * schedule.model.layers + 1, "every projection of every layer, and the head"
     feeds = prefill_feeds(schedule, text=6, before_image=2)
     outputs = {}
@@ -101,9 +101,9 @@ def test_the_last_block_of_a_row_may_be_short(tmp_path: Path, bits: int, width: 
     weight = rng.normal(size=(8, width)).astype(np.float32)
     weight.tofile(tmp_path / "model.safetensors")
     model = products(["w"], residual=False, width=width)
-    whole = matrices(model, scheme, "dequantize")
+    whole = blocked_matrices(model, scheme, "dequantize")
     assert [each.block for each in whole] == ([] if width % 16 else [16])
-    store = Store("matmul", scheme, "matmul", matrices(model, scheme, "matmul"))
+    store = Store("matmul", scheme, "matmul", blocked_matrices(model, scheme, "matmul"))
     quantize_graph(model, store)
     with (tmp_path / "matmul").open("wb") as sink:
         store.write(sink.write, tmp_path)
@@ -123,7 +123,7 @@ def test_what_reads_the_same_rows_is_one_product(bundle: Path) -> None:
         _, entry = opened.entry(method)
         model = onnx.load(str(opened.path(entry.decoders["fused"])), load_external_data=False)
         before = collections.Counter(node.op_type for node in model.graph.node)
-        quantize_graph(model, Store("store", scheme, "matmul", matrices(model, scheme, "matmul")))
+        quantize_graph(model, Store("store", scheme, "matmul", blocked_matrices(model, scheme, "matmul")))
         after = collections.Counter(node.op_type for node in model.graph.node)
         splits = [node for node in model.graph.node if node.name.endswith(".split")]
         assert sorted(len(node.output) for node in splits) == sorted(merged)
@@ -143,7 +143,7 @@ def test_a_bias_is_merged_and_a_residual_is_not(tmp_path: Path) -> None:
         names = [f"layers.0.self_attn.{each}_proj.weight" for each in "kvq"]
         model, plain = (products(names, residual=residual) for _ in range(2))
         for made, form in ((model, "matmul"), (plain, "dequantize")):
-            store = Store(form, scheme, form, matrices(made, scheme, form))
+            store = Store(form, scheme, form, blocked_matrices(made, scheme, form))
             quantize_graph(made, store)
             with (tmp_path / form).open("wb") as sink:
                 store.write(sink.write, tmp_path)

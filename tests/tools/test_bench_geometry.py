@@ -21,7 +21,7 @@ from trimvlm_tools.bench.geometry import GEOMETRIES, Geometry, find_geometry, ma
 from trimvlm_tools.bench.peaks import Peaks
 from trimvlm_tools.bench.prompt_rows import Point, decoder_rows, embedding_rows, prompt_ids
 from trimvlm_tools.bench.random_llava import IMAGE
-from trimvlm_tools.bench.roofline import decode_work, prefill_work, weight_values
+from trimvlm_tools.bench.roofline import Work, decode_work, prefill_work, weight_values
 from trimvlm_tools.bench.size import checkpoint_bytes
 from trimvlm_tools.random_checkpoint.description import load
 from trimvlm_tools.random_checkpoint.tokenizer import make_tokenizer
@@ -116,9 +116,12 @@ def test_the_roofline_takes_the_larger_of_flops_and_bytes_layer_by_layer():
     assert work.flops[0] / 4e11 > work.bytes[0] / 4e10 and work.flops[-1] / 4e11 < work.bytes[-1] / 4e10
     few = prefill_work(resolve(Decisions(exit=1), model), 2, 4.0)
     assert few.seconds(PEAKS) > few.bytes[-1] / 4e10 + 15 * few.bytes[1] / 4e10
-    for work in (prefill_work(dense, 32, 4.0), few):
-        in_turn = [f / 4e11 + b / 4e10 for f, b in zip(work.flops, work.bytes, strict=True)]
-        assert work.seconds_in_turn(PEAKS) == pytest.approx(sum(in_turn))
+
+
+def test_in_turn_nothing_is_read_while_something_is_multiplied():
+    work = Work(flops=(8 * 10**11, 4 * 10**10), bytes=(4e10, 8e10))
+    assert work.seconds(PEAKS) == pytest.approx(2 + 2)
+    assert work.seconds_in_turn(PEAKS) == pytest.approx(2 + 1 + 0.1 + 2)
 
 
 def test_decode_reads_all_weights_and_the_rows_that_are_cached_by_then():

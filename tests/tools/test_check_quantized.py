@@ -28,7 +28,7 @@ from trimvlm_engines import targets
 from trimvlm_engines.build import build
 from trimvlm_engines.parts import parts
 from trimvlm_engines.quantizing.codes import dequantize, quantize
-from trimvlm_engines.quantizing.store import matrices
+from trimvlm_engines.quantizing.store import blocked_matrices
 from trimvlm_export.families._towers import PROJECTOR, TOWER
 from trimvlm_tools.cli import main
 from trimvlm_tools.parity.check import HuggingFace, check
@@ -239,7 +239,7 @@ def test_fit_counts_the_codes(bundle: Path, capsys: pytest.CaptureFixture[str]) 
         sizes[target] = weights["bytes"]
     opened = Bundle(bundle)
     model = onnx.load(str(opened.path(opened.entry("dense")[1].decoders["fused"])), load_external_data=False)
-    values = sum(each.rows * each.width for each in matrices(model, Weights(bits=4), "matmul"))
+    values = sum(each.rows * each.width for each in blocked_matrices(model, Weights(bits=4), "matmul"))
     assert sizes["ort-cpu"] - sizes["ort-cpu-int8"] == values * 4 - values - values // 32 * 4
     assert sizes["ort-cpu-int8"] - sizes["ort-cpu-int4"] == values // 2
 

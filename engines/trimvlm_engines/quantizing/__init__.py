@@ -26,10 +26,10 @@ def quantize(model: onnx.ModelProto, bundle: Bundle, target: Target, weights: We
     """Makes a graph read quantised weights, in place; `weight_files.ensure` makes their file. None: no weight
     can be."""
     from trimvlm_engines.quantizing.graph import quantize_graph
-    from trimvlm_engines.quantizing.store import Store, matrices
+    from trimvlm_engines.quantizing.store import Store, blocked_matrices
 
     form = "matmul" if target.provider in MATMUL else "dequantize"
-    found = matrices(model, weights, form)
+    found = blocked_matrices(model, weights, form)
     if not found:
         return None
     kind = f"int{weights.bits}x{weights.block}.{form}.{digest(bundle.manifest, SCHEME, found)}"

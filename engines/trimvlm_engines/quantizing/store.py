@@ -37,7 +37,7 @@ class Blocked(Matrix):
         return -(-self.width // self.block)
 
 
-def matrices(model: onnx.ModelProto, weights: Weights, form: Form) -> tuple[Blocked, ...]:
+def blocked_matrices(model: onnx.ModelProto, weights: Weights, form: Form) -> tuple[Blocked, ...]:
     """What is quantised; for `dequantize` in blocks that fit, and without those that none fits."""
     found: list[Blocked] = []
     for each in gemm_weights(model):

@@ -35,7 +35,7 @@ def bench_bundle(
     checkpoint: Path, profiles: Mapping[str, Profile], directory: Path, *, visual_tokens: int, precision: str
 ) -> Bundle:
     """A bundle of a checkpoint with these profiles; what it holds already is not exported again, and one that
-    another exporter or checkpoint made is made anew.
+    another exporter, builder or checkpoint made is made anew.
 
     Args:
         visual_tokens: of one image of the checkpoint. A profile for another number gets a decoder alone: its
@@ -43,7 +43,7 @@ def bench_bundle(
         precision: of `TARGETS`; engines of the profiles are built where the target is not the graph itself.
     """
     stamp = directory.with_name(f"{directory.name}.made")
-    made = f"{_exporter_digest()}\n{(checkpoint / GEOMETRY_FILE).read_text()}"
+    made = f"{_sources_digest()}\n{(checkpoint / GEOMETRY_FILE).read_text()}"
     if not (stamp.is_file() and stamp.read_text() == made):
         shutil.rmtree(directory, ignore_errors=True)
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def _build(directory: Path, names: list[str], target: str) -> None:
             advance(name)
 
 
-def _exporter_digest() -> str:
+def _sources_digest() -> str:
     """SHA-256 over the sources of what is kept between runs: graphs, and what builds make of them."""
     import trimvlm_engines
     import trimvlm_export

@@ -117,7 +117,8 @@ class DecoderFigures(Value, frozen=True, kw_only=True):
         flops_ratio, over_flops: to dense, and the prefill's time ratio over that.
         roofline_ratio, over_roofline: the same with the least seconds that the measured peaks allow; None
             where there are no peaks.
-        over_in_turn: the same where reading and multiplying take turns, instead of the longer of the two.
+        over_in_turn: the same where a layer takes the sum of its times to read and to multiply, not the
+            longer.
     """
 
     name: str
@@ -172,10 +173,10 @@ def own_figures(
     plain = _figures(result, name, schedule, point, value_bytes=value_bytes, peaks=peaks)
     flops = prefill_flops(schedule, point.text)
     flops_ratio = flops.total / prefill_flops(dense, point.text).total
-    first, whole = (prefill_work(each, point.text, value_bytes) for each in (schedule, dense))
-    roofline_ratio = first.seconds(peaks) / whole.seconds(peaks) if peaks else None
+    work, dense_work = (prefill_work(each, point.text, value_bytes) for each in (schedule, dense))
+    roofline_ratio = work.seconds(peaks) / dense_work.seconds(peaks) if peaks else None
     ratio = plain["prefill_ratio"].median
-    in_turn = first.seconds_in_turn(peaks) / whole.seconds_in_turn(peaks) if peaks else None
+    in_turn = work.seconds_in_turn(peaks) / dense_work.seconds_in_turn(peaks) if peaks else None
     figures = result.figures(name)
     kv, memory = int(figures["kv_bytes"][-1]), plain["memory"]
     activations = memory.used.anonymous_peak - memory.opened.anonymous - kv if memory else None

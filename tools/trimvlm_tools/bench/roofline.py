@@ -1,8 +1,9 @@
 """What a decoder's runs have to do, from the Schedule alone, and the least time that the peaks allow.
 
-Per layer the larger of FLOPs over the measured peak and bytes over the measured bandwidth of reading; bytes
-are the layer's weights and its keys and values. The LM head of the one row whose logits are wanted is a part
-of its own. An estimate for comparison, never a measurement.
+Per layer the larger of FLOPs over the measured peak and bytes over the measured bandwidth of reading, or
+their sum where neither hides the other; bytes are the layer's weights and its keys and values. The LM
+head of the one row whose logits are wanted is a part of its own. An estimate for comparison, never a
+measurement.
 """
 
 from __future__ import annotations
