@@ -6,7 +6,7 @@ C head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from trimvlm.profile import Rows, TextKeys
 from trimvlm.schedule import Row
-from trimvlm_export.decoder_stream import EveryRow, Part, Stream, TextRows
+from trimvlm_export.decoder_stream import LastRow, Part, Stream, TextRows
 from trimvlm_export.operators import attention, attention_weights, repeat_heads
+
+_NOTHING: tuple[TextKeys, Rows] = ("live", "live")  # is hidden from text rows, from visual rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class Attended:
         return torch.cat((before, self.stream.shown[self.stream.fill :]))
 
     def weights(self) -> Tensor:
-        """float32 [1, H, Q, S]: what the softmax gives, before `post_softmax` takes weights away."""
+        """float32 [1, H, Q, S]: what the softmax gives, for a selection inside the layer."""
         return attention_weights(self.queries, self.keys, self.visible(self.part))
 
     def mixed(self, weights: Tensor) -> Tensor:
@@ -83,39 +85,50 @@ class Attended:
 
     def output(self, mask: Literal["additive", "post_softmax"]) -> Tensor:
         """[1, H, Q, C]; zeros for rows that see no key."""
-        row = self.row
-        visible = self.visible(self.part, row.text_keys, row.visual_keys)
-        if mask == "post_softmax" and (row.text_keys, row.visual_keys) != ("live", "live"):
-            if isinstance(self.part, EveryRow) and row.visual_keys == "live" and self.shown() is None:
-                return torch.cat((self._of_visual_rows(), self._of_text_rows().output(mask)), dim=2)
-            weights = self.weights()
-            left = weights * visible  # zeros also where no key was visible to begin with
-            return self.mixed(left + self._to_sink(weights) if row.text_keys == "sink" else left)
-        out = attention(self.queries, self.keys, self.values, visible)
-        if row.query == "none" or (row.visual_keys == "live" and row.masked_by is None):
+        row, lost = self.row, _NOTHING
+        hidden: tuple[TextKeys, Rows] = row.text_keys, row.visual_keys
+        if mask == "post_softmax":
+            hidden, lost = lost, hidden
+        visible = self.visible(self.part, *hidden)
+        out = self._attention(visible, *lost)
+        if row.query == "none" or (hidden[1] == "live" and row.masked_by is None):
             return out  # every row sees itself
         sees = visible.float().sum(dim=1) > 0
         return torch.where(sees.unsqueeze(1), out, torch.zeros((), dtype=out.dtype))
 
-    def _of_visual_rows(self) -> Tensor:
-        """[1, H, visual, C]: rows that lose no key. One more is computed: no kernel takes none, at decode."""
-        rows = self.stream.visual + 1
-        visible = self.visible(self.part)[:rows]
-        return attention(self.queries[:, :, :rows], self.keys, self.values, visible)[:, :, : rows - 1]
+    def _attention(self, visible: Tensor, text_keys: TextKeys, visual_keys: Rows) -> Tensor:
+        """[1, H, Q, C], where rows lose the weights of visual keys after the softmax.
 
-    def _of_text_rows(self) -> Attended:
-        """The same layer for text rows alone: few rows whose weights are made in the open."""
-        visual = self.stream.visual
-        return replace(self, part=TextRows(visual), queries=self.queries[:, :, visual:])
+        A weight that is lost, or that goes to another key, is one for another value: so no weight is made in
+        the open, and kernels for attention serve these layers too.
 
-    def _to_sink(self, weights: Tensor) -> Tensor:
-        """What text rows' hidden visual keys lose, as weights for the first live visual row (VisiPruner)."""
-        is_visual = visual_rows(self.stream)
-        key = torch.cat((torch.zeros(self.past, dtype=torch.bool), is_visual))
-        hidden = key.unsqueeze(0) & ~self.part.take(is_visual.unsqueeze(1))
-        # At decode there is no visual key, so nothing to move.
-        first = torch.arange(key.shape[0]) == self.past + self.stream.fill
-        return (weights * hidden).sum(dim=3, keepdim=True) * first
+        Args:
+            visible: bool [Q, S].
+            text_keys: what text rows lose.
+            visual_keys: what visual rows lose.
+        """
+        if text_keys == visual_keys or isinstance(self.part, TextRows | LastRow):
+            return attention(self.queries, self.keys, self._values(text_keys), visible)
+        # Visual rows of the part, which come first, and one more: no kernel takes none, at decode.
+        visual = self.queries.shape[2] - (self.stream.hidden.shape[0] - self.stream.visual)
+        some = self.queries[:, :, : visual + 1], self.keys, self._values(visual_keys), visible[: visual + 1]
+        # The keys that text rows see, as a tensor of its own: building two attentions that read one tensor of
+        # keys crashes TensorRT-RTX 1.7.1.
+        keys = torch.where(visible[-1].unsqueeze(1), self.keys, torch.zeros((), dtype=self.keys.dtype))
+        rest = self.queries[:, :, visual:], keys, self._values(text_keys), visible[visual:]
+        return torch.cat((attention(*some)[:, :, :visual], attention(*rest)), dim=2)
+
+    def _values(self, visual_keys: TextKeys) -> Tensor:
+        """[1, G, S, C]: the values for rows that lose visual keys' weights, or whose first visual key gets
+        them all (`sink`, VisiPruner)."""
+        if visual_keys == "live":
+            return self.values
+        past, fill = self.past, self.stream.fill
+        key = torch.cat((torch.zeros(past, dtype=torch.bool), visual_rows(self.stream)))
+        instead = torch.zeros((), dtype=self.values.dtype)
+        if visual_keys == "sink":  # at decode there is no visual key, and this is a text row's
+            instead = self.values[:, :, past + fill : past + fill + 1]
+        return torch.where(key.unsqueeze(1), instead, self.values)
 
 
 def to_cache(attended: Attended, past: Tensor, new: Tensor) -> Tensor | None:

@@ -15,8 +15,8 @@ from trimvlm.schedule import Schedule
 from trimvlm_export.decoder import Decoder
 from trimvlm_export.passes.causal import attend_in_pieces
 from trimvlm_export.passes.in_place import to_in_place
+from trimvlm_export.passes.lost_weights import read_caches_for_one_row
 from trimvlm_export.passes.one_row import attend_to_one_row
-from trimvlm_export.passes.open_softmax import close_for_one_row
 from trimvlm_export.passes.primitive import to_primitive
 from trimvlm_export.passes.residual import add_in_products
 from trimvlm_export.passes.scaled import scale_queries
@@ -49,7 +49,7 @@ def export_decoder(
     if not filled:
         changed = model.clone()
         rank_only_visual_rows(changed)
-        close_for_one_row(changed, schedule)
+        read_caches_for_one_row(changed, schedule)
         if layers := to_in_place(changed):
             attend_in_pieces(changed, schedule, layers)
             attend_to_one_row(changed, schedule, layers)

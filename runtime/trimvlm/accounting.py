@@ -57,15 +57,15 @@ def attention_pieces(schedule: Schedule, row: Row) -> int:
 
     Figures are in decision 0028.
     """
-    whole = row.attends and row.execute == "both" and row.query == row.visual_keys == "live"
-    opened = row.selects_inside or opens_softmax(schedule, row)
-    if not whole or opened or row.layer == schedule.model.layers - 1:
+    whole = row.attends and row.execute == "both" and row.query == "live" and not row.selects_inside
+    sees = row.visual_keys == "live" or schedule.mask == "post_softmax"
+    if not whole or not sees or row.layer == schedule.model.layers - 1:
         return 1
     return max(1, min(MOST_PIECES, row.live // PIECE_ROWS))
 
 
-def opens_softmax(schedule: Schedule, row: Row) -> bool:
-    """Whether a layer's attention weights are tensors in a prompt: some are taken away after the softmax."""
+def loses_weights(schedule: Schedule, row: Row) -> bool:
+    """Whether a layer takes attention weights of a prompt's rows away after the softmax."""
     hides = (row.text_keys, row.visual_keys) != ("live", "live")
     return schedule.mask == "post_softmax" and row.attends and row.execute == "both" and hides
 

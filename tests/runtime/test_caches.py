@@ -69,8 +69,8 @@ DECISIONS = {
         )
     ),
 }
-# Caches are made anew in layers with a softmax in the open under a threshold, and in those that cache other
-# rows than they read.
+# Caches are made anew in layers that lose weights after the softmax under a threshold, and in those that
+# cache other rows than they read.
 GROWING = {
     "dense": [0, 1, 2, 3, 4],
     "late": [0, 1, 2, 3, 4],
@@ -187,15 +187,23 @@ def test_attention_in_pieces_is_attention(bundle: Bundle, cut: Bundle, name: str
             )
 
 
-def test_a_piece_makes_no_scores_of_later_visual_rows(cut: Bundle, tmp_path: Path) -> None:
-    """Queries and keys of every attention that ran, from ONNX Runtime's profile."""
+@pytest.mark.parametrize(("name", "whole", "again"), [("dense", [], 0), ("blind", [3], 3)])
+def test_a_piece_makes_no_scores_of_later_visual_rows(
+    cut: Bundle, name: str, whole: list[int], again: int, tmp_path: Path
+) -> None:
+    """Queries and keys of every attention that ran, from ONNX Runtime's profile.
+
+    Args:
+        whole: layers whose cache does not grow in place.
+        again: layers that lose weights: an attention for each kind of rows, one text row in both.
+    """
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(accounting, "PIECE_ROWS", 4)
-        profile = cut.profile("dense")
+        profile = cut.profile(name)
         schedule = Schedule.resolve(profile, profile.model)
         pieces = [accounting.attention_pieces(schedule, row) for row in schedule.rows]
-        hidden = accounting.hidden_pairs(schedule)
-    backend, (rows, visual) = open_decoder(cut, "dense", "in_place"), prompt(cut, "dense", 1)
+        hidden = [0 if row in whole else each for row, each in enumerate(accounting.hidden_pairs(schedule))]
+    backend, (rows, visual) = open_decoder(cut, name, "in_place"), prompt(cut, name, 1)
     options = backend.options("decoder")
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
     backend.options = lambda role: options
@@ -206,8 +214,9 @@ def test_a_piece_makes_no_scores_of_later_visual_rows(cut: Bundle, tmp_path: Pat
     sizes = [(*each[0].values(), *each[1].values()) for each in ran]
     flops = [4 * heads * size * queries * keys[2] for (_, heads, queries, size), keys in sizes]
     every = rows.length * 4 * profile.model.heads * profile.model.head_dim
-    assert pieces == [4, 4, 4, 4, 1] and len(flops) == sum(pieces)
-    assert sum(flops) == 4 * every * rows.length + every - sum(hidden) and min(hidden[:4]) > 0 == hidden[4]
+    assert pieces == [4, 4, 4, 4, 1] and len(flops) == sum(pieces) - 3 * len(whole) + again
+    assert sum(flops) == 4 * every * rows.length + (1 + again) * every - sum(hidden)
+    assert min(each for row, each in enumerate(hidden[:4]) if row not in whole) > 0 == hidden[4]
 
 
 @pytest.mark.parametrize("name", DECISIONS)
@@ -417,11 +426,12 @@ def test_a_run_without_visual_rows_ranks_none(bundle: Bundle, name: str, tmp_pat
 
 
 @pytest.mark.parametrize("heads", [4, 2])
-def test_one_row_makes_no_softmax_in_the_open(heads: int, tmp_path: Path) -> None:
+def test_one_row_reads_its_values_in_the_cache(heads: int, tmp_path: Path) -> None:
+    """Of several rows, each kind that loses weights is given values of its own, and text rows keys too."""
     checkpoint = tiny_llava(tmp_path / "model", layers=5, kv_heads=heads)
     profile = Profile(
         name="blind", method=Method(name="blind"), model=model_spec(checkpoint), decisions=DECISIONS["blind"]
     )
     export(checkpoint, profile, tmp_path / "bundle")
-    prompts, token, several = counted(Bundle(tmp_path / "bundle"), "blind", "Softmax", tmp_path)
-    assert (prompts, token, several) == (3, 4, 7), "of a token only in the layer that caches no visual rows"
+    prompts, token, several = counted(Bundle(tmp_path / "bundle"), "blind", "Where", tmp_path)
+    assert (prompts, token, several) == (7, 9, 16), "of a token only in the layer that caches no visual rows"

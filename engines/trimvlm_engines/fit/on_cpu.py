@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from trimvlm.accounting import attention_pieces, opens_softmax
+from trimvlm.accounting import attention_pieces, loses_weights
 from trimvlm.backends.caches import KINDS, ROOM
 from trimvlm.bundle import Bundle
 from trimvlm.rules import ValueInfluence, reads
@@ -93,14 +93,14 @@ def _arena(role: str, subject: Subject, request: Request) -> int:
     schedule = subject.schedule
     pieces = {row.layer: attention_pieces(schedule, row) for row in schedule.rows if decodes(role)}
     caches = {f"present_{kind}.{layer}" for kind in KINDS for layer in subject.in_place if decodes(role)}
-    # A softmax in the open, and a stage that ranks by the layer before it, read copies of what is filled,
-    # which a prompt lets go after the layer.
-    opened = {(kind, row.layer) for row in schedule.rows if opens_softmax(schedule, row) for kind in KINDS}
+    # A layer that loses weights after the softmax, and a stage that ranks by the layer before it, read copies
+    # of what is filled, which a prompt lets go after the layer.
+    copied = {(kind, row.layer) for row in schedule.rows if loses_weights(schedule, row) for kind in KINDS}
     for row in schedule.stages:
         if row.select and reads(row.select.by) == "previous":
             kinds = KINDS if isinstance(row.select.by, ValueInfluence) else ("key",)
-            opened |= {(kind, row.layer - 1) for kind in kinds}
-    copies = caches & {f"present_{kind}.{layer}" for kind, layer in opened}
+            copied |= {(kind, row.layer - 1) for kind in kinds}
+    copies = caches & {f"present_{kind}.{layer}" for kind, layer in copied}
     outputs, apart = [name for name in graph.outputs if name not in copies], caches - copies
 
     def run(shapes: dict[str, Shape], cut: Mapping[int | None, int]) -> dict[str, Any]:

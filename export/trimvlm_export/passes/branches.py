@@ -90,10 +90,10 @@ def only_several(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
 
 
 def place(graph: ir.Graph, inner: ir.Node) -> ir.Node | None:
-    """The node itself if it is the graph's, else the graph's `If` that has it in a branch."""
+    """The node itself if it is the graph's, else the graph's `If` in whose branches it is, at any depth."""
     if inner.graph is graph:
         return inner
-    return next((node for node in graph if inner.graph in _branches(node)), None)
+    return next((node for node in graph if any(place(each, inner) for each in _branches(node))), None)
 
 
 def read_outside(graph: ir.Graph, nodes: Collection[ir.Node], kept: Collection[ir.Value]) -> bool:

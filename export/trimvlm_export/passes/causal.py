@@ -4,6 +4,7 @@ Visual rows are in the order of their positions, so an early one sees no later o
 are cut into pieces, and each is given the visual keys up to its own end and all text keys: of many pieces
 half the scores of visual rows with each other are never made, and only one piece's are in memory. The last
 piece, text rows included, reads the whole cache. An `If` leaves the tokens after the prompt one attention.
+Where rows lose weights after the softmax, visual rows have an attention of their own, which is cut.
 
 Shapes: R rows of the stream, N visual ones among them (the first), P past rows.
 """
@@ -15,8 +16,9 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from trimvlm.accounting import attention_pieces
-from trimvlm.schedule import Schedule
-from trimvlm_export.passes.branches import number
+from trimvlm.backends.caches import PAST_ROWS
+from trimvlm.schedule import Row, Schedule
+from trimvlm_export.passes.branches import number, place
 
 END = np.iinfo(np.int64).max
 PIECES = "pieces."  # names of branches begin so
@@ -48,30 +50,38 @@ class _Pieces:
         self.masks: dict[tuple[ir.Value, int], tuple[ir.Value, list[ir.Value]]] = {}
 
     def cut(self, layer: int) -> None:
-        """Replaces the attention of a layer."""
-        row = self.schedule.rows[layer]
-        keys, values = (self._present(kind, layer) for kind in ("key", "value"))
-        (attention,) = (use.node for use in keys.uses() if use.node.op_type == "Attention")
-        queries, _, _, mask = attention.inputs[:4]
-        assert queries is not None and mask is not None
+        """Replaces the attention of a layer's visual rows."""
+        row, attention = self.schedule.rows[layer], self._attention(layer)
+        mask, old, graph = attention.inputs[3], attention.outputs[0], attention.graph
+        outer = place(self.graph, attention)
+        assert mask is not None and isinstance(graph, ir.Graph) and outer is not None
         tape = Tape()
         cuts = self.cuts.get(row.live) or self._cuts(tape, row.live, attention_pieces(self.schedule, row))
-        there, masks = self.masks.get((mask, row.live)) or self._masks(tape, mask, row.live, cuts)
+        there, masks = self.masks.get((mask, row.live)) or self._masks(tape, mask, row, cuts)
+        self.graph.insert_before(outer, list(tape.nodes))
         branches = {
-            "then_branch": _graph(
-                f"{PIECES}{layer}", self._in_pieces(attention, (keys, values), cuts, masks)
-            ),
+            "then_branch": _graph(f"{PIECES}{layer}", self._in_pieces(attention, cuts, masks)),
             "else_branch": _graph(f"whole.{layer}", [_again(attention)]),
         }
-        old = attention.outputs[0]
-        result = tape.op("If", [there], branches)
+        made = Tape()
+        result = made.op("If", [there], branches)
         result.type, result.shape = old.type, old.shape
         ir.convenience.replace_nodes_and_values(
-            self.graph, attention, [attention], list(tape.nodes), [old], [result]
+            graph, attention, [attention], list(made.nodes), [old], [result]
         )
 
-    def _present(self, kind: str, layer: int) -> ir.Value:
-        return self.outputs[f"present_{kind}.{layer}"]
+    def _attention(self, layer: int) -> ir.Node:
+        """Of all rows, or in a branch where they lose weights of the visual ones, which come first."""
+        keys = self.outputs[f"present_key.{layer}"]
+        outer = place(self.graph, next(use.node for use in keys.uses() if use.node.op_type == "Attention"))
+        node = outer
+        if outer is not None and outer.op_type == "If":
+            node = outer.attributes["then_branch"].as_graph().outputs[0].producer()
+        while node is not None and node.op_type != "Attention":
+            (first, *_) = node.inputs
+            node = first.producer() if first is not None else None
+        assert node is not None
+        return node
 
     def _cuts(self, tape: Tape, live: int, pieces: int) -> list[ir.Value]:
         """Where each piece ends among the visual rows, int64 [1] each; the last is N."""
@@ -87,13 +97,10 @@ class _Pieces:
         return self.cuts[live]
 
     def _masks(
-        self, tape: Tape, mask: ir.Value, live: int, cuts: list[ir.Value]
+        self, tape: Tape, mask: ir.Value, row: Row, cuts: list[ir.Value]
     ) -> tuple[ir.Value, list[ir.Value]]:
         """Whether there are visual rows and no past; the mask of each piece."""
-        padded = mask.producer()
-        assert padded is not None and padded.op_type == "Pad"
-        plain = padded.inputs[0]
-        assert plain is not None
+        plain = _inside(mask, "Pad", 0)
         made, start, count = [], number(self.graph, 0), cuts[-1]
         for end in cuts[:-1]:
             rows = self._slice(tape, plain, start, end, 0)
@@ -102,38 +109,30 @@ class _Pieces:
             made.append(tape.op("Concat", [seen, text], {"axis": 1}))
             start = end
         made.append(self._slice(tape, mask, start, number(self.graph, END), 0))
-        rows, keys = (tape.op("Shape", [plain], {"start": axis, "end": axis + 1}) for axis in (0, 1))
-        there = tape.op(
-            "And", [tape.op("Greater", [count, number(self.graph, 0)]), tape.op("Equal", [rows, keys])]
-        )
-        self.masks[mask, live] = tape.op("Squeeze", [there]), made
-        return self.masks[mask, live]
+        past = self.inputs[f"{PAST_ROWS}.{row.layer}"]
+        some = tape.op("Greater", [count, number(self.graph, 0)])
+        there = tape.op("And", [some, tape.op("Equal", [past, number(self.graph, 0)])])
+        self.masks[mask, row.live] = tape.op("Squeeze", [there]), made
+        return self.masks[mask, row.live]
 
-    def _in_pieces(
-        self,
-        attention: ir.Node,
-        caches: tuple[ir.Value, ir.Value],
-        cuts: list[ir.Value],
-        masks: list[ir.Value],
-    ) -> list[ir.Node]:
+    def _in_pieces(self, attention: ir.Node, cuts: list[ir.Value], masks: list[ir.Value]) -> list[ir.Node]:
         tape, end = Tape(), number(self.graph, END)
-        new = [scatter.inputs[1] for cache in caches if (scatter := cache.producer())]
-        assert len(new) == 2 and new[0] is not None and new[1] is not None
+        read = [value for value in attention.inputs[1:3] if value is not None]
+        new = [_inside(value, "TensorScatter", 1) for value in read]  # without a past that is all
         queries = attention.inputs[0]
         assert queries is not None
-        text = [self._slice(tape, each, cuts[-1], end, 2) for each in new if each is not None]
+        text = [self._slice(tape, each, cuts[-1], end, 2) for each in new]
         made, start = [], number(self.graph, 0)
         for piece, mask in enumerate(masks):
             stop = cuts[piece] if piece < len(masks) - 1 else end
             query = self._slice(tape, queries, start, stop, 2)
-            shown = list(caches)
+            shown = read
             if piece < len(masks) - 1:
                 shown = [
                     tape.op(
                         "Concat", [self._slice(tape, each, number(self.graph, 0), stop, 2), rest], {"axis": 2}
                     )
                     for each, rest in zip(new, text, strict=True)
-                    if each is not None
                 ]
             made.append(tape.op("Attention", [query, *shown, mask], attention.attributes))
             start = stop
@@ -142,6 +141,14 @@ class _Pieces:
 
     def _slice(self, tape: Tape, value: ir.Value, start: ir.Value, stop: ir.Value, axis: int) -> ir.Value:
         return tape.op("Slice", [value, start, stop, number(self.graph, axis)])
+
+
+def _inside(value: ir.Value, operator: str, number: int) -> ir.Value:
+    """An input of the operator that made a value; the value itself if another one did."""
+    node = value.producer()
+    found = node.inputs[number] if node is not None and node.op_type == operator else value
+    assert found is not None
+    return found
 
 
 def _again(node: ir.Node) -> ir.Node:

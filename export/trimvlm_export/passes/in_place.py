@@ -4,9 +4,10 @@ The fused decoder makes each cache anew: past and new rows, put one after the ot
 with room for more rows than it has; `TensorScatter` writes the new ones behind the old ones, and nothing is
 copied where the library is given the same memory for input and output. Attention masks the room that is left.
 
-What else than attention reads a cache in a branch, with its new rows or without, is given a copy of its
-filled rows. A layer whose attention reads other rows than it caches, or whose keys something else reads
-outside of branches, keeps its copies. Operators are of opset 24, from which on there is `TensorScatter`.
+What else reads a cache in a branch, with its new rows or without, than attention of a layer's keys to its
+values is given a copy of its filled rows. A layer whose attention reads other rows than it caches, or whose
+keys something else reads outside of branches, keeps its copies. Operators are of opset 24, from which on
+there is `TensorScatter`.
 
 Shapes: G key/value heads, B rows of the buffer, P rows in it, R new rows, C head size, S = P + R.
 """
@@ -66,11 +67,19 @@ def _concat(graph: ir.Graph, inputs: dict[str, ir.Value], kind: str, layer: int)
     node = appends[0]
     present = node.outputs[0]
     outside = [use.node for use in present.uses() if use.node.graph is graph]
-    attentions = [use.node for use in present.uses() if use.node.op_type == "Attention"]
+    attentions = [use.node for use in present.uses() if _in_place(use.node)]
     same = present.is_graph_output() and present.name == f"present_{kind}.{layer}" and node.inputs[0] is past
     sizes = all(_is_row_count(user) for user in users if user is not node)
     masked = all(len(each.inputs) > 3 and each.inputs[3] is not None for each in attentions)
     return node if same and sizes and masked and attentions and {*outside} <= {*attentions} else None
+
+
+def _in_place(node: ir.Node) -> bool:
+    """Whether it is the attention of a layer's cached keys to its cached values."""
+    read = [str(value.name) for value in node.inputs[1:3] if value is not None]
+    return node.op_type == "Attention" and all(
+        name.startswith(f"present_{kind}.") for kind, name in zip(KINDS, read, strict=True)
+    )
 
 
 def _is_row_count(node: ir.Node) -> bool:
@@ -108,7 +117,7 @@ def _fill_branches(graph: ir.Graph, buffer: ir.Value, count: Callable[[Tape], ir
     Args:
         count: makes the number of these rows, int64 [1].
     """
-    read = [use for use in buffer.uses() if use.node.op_type != "Attention" and use.node.graph is not graph]
+    read = [use for use in buffer.uses() if not _in_place(use.node) and use.node.graph is not graph]
     for inner in {use.node.graph for use in read}:
         assert inner is not None and buffer.shape is not None
         tape, mine = Tape(), [use for use in read if use.node.graph is inner]
@@ -131,7 +140,7 @@ def _mask(graph: ir.Graph, cache: ir.Value, padded: dict[ir.Value, ir.Value]) ->
     """Gives the attention that reads a cache a mask as wide as the buffer. Layers of one mask have buffers of
     one size: they cache the same rows."""
     (scatter,) = (use.node for use in cache.uses() if use.node.op_type == "TensorScatter")
-    for use in [use for use in scatter.outputs[0].uses() if use.node.op_type == "Attention"]:
+    for use in [use for use in scatter.outputs[0].uses() if _in_place(use.node)]:
         mask = use.node.inputs[3]
         assert mask is not None and mask.shape is not None and len(mask.shape) == 2
         if mask not in padded:

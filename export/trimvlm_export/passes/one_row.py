@@ -35,7 +35,7 @@ INT32 = ir.DataType.INT32
 
 def attend_to_one_row(model: ir.Model, schedule: Schedule, layers: tuple[int, ...]) -> int:
     """Gives those of the `layers` whose caches grow in place a way of their own for one row, in place, not
-    that of `close_for_one_row`.
+    that of `read_caches_for_one_row`.
 
     Returns:
         The number of layers that changed; none of a model with grouped heads, or with odd sizes of heads.

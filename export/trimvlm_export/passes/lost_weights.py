@@ -1,8 +1,7 @@
-"""Softmaxes in the open that one row goes round: for ONNX Runtime's CPU.
+"""Attention with other values than the cache has, which one row goes round: for ONNX Runtime's CPU.
 
-A layer that takes weights away after the softmax (`mask: post_softmax`) makes scores and weights as tensors,
-for every query head. A token after the prompt loses no weight: an `If` gives it the one operator that other
-layers have.
+Where rows lose weights after the softmax (`mask: post_softmax`), a prompt's attention reads values made for
+that (`Attended.output`). A token after the prompt loses no weight: an `If` lets it read the cache itself.
 
 Shapes: H heads, Q query rows, C head size, S cached rows with the new ones.
 """
@@ -13,31 +12,31 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from trimvlm.accounting import opens_softmax
+from trimvlm.accounting import loses_weights
 from trimvlm.schedule import Row, Schedule
 from trimvlm_export.passes.branches import number, put_first, read_outside, run_for_several
 
 
-def close_for_one_row(model: ir.Model, schedule: Schedule) -> int:
-    """Gives layers whose softmax is in the open one operator for one row, in place.
+def read_caches_for_one_row(model: ir.Model, schedule: Schedule) -> int:
+    """Gives layers whose prompt reads other values than the cache's an attention without them for one row, in
+    place.
 
     Returns:
         The number of layers that changed.
     """
     graph, masks = model.graph, dict[int, ir.Value]()
-    changed = sum(_close(graph, row, masks) for row in schedule.rows if _can_close(schedule, row))
+    changed = sum(_branch(graph, row, masks) for row in schedule.rows if _sees_all(schedule, row))
     if changed:
         graph.sort()
     return changed
 
 
-def _can_close(schedule: Schedule, row: Row) -> bool:
-    """Whether a layer's softmax is in the open, and rows after the prompt see all that it read."""
-    alone = row.masked_by is None and not row.selects_inside and row.cached == row.live
-    return opens_softmax(schedule, row) and alone
+def _sees_all(schedule: Schedule, row: Row) -> bool:
+    """Whether a layer's prompt loses weights, and later rows see, and lose nothing of, all that it caches."""
+    return loses_weights(schedule, row) and row.masked_by is None and row.cached == row.live
 
 
-def _close(graph: ir.Graph, row: Row, masks: dict[int, ir.Value]) -> bool:
+def _branch(graph: ir.Graph, row: Row, masks: dict[int, ir.Value]) -> bool:
     outputs = {str(value.name): value for value in graph.outputs}
     keys, values = (outputs[f"present_{kind}.{row.layer}"] for kind in ("key", "value"))
     queries, result = _queries(graph, row.layer), _result(graph, row.layer)
@@ -49,11 +48,11 @@ def _close(graph: ir.Graph, row: Row, masks: dict[int, ir.Value]) -> bool:
         return False
     if row.cached not in masks:
         masks[row.cached] = _mask(graph, row)
-    attention = ir.node("Attention", [queries, keys, values, masks[row.cached]], name=f"closed.{row.layer}")
+    attention = ir.node("Attention", [queries, keys, values, masks[row.cached]], name=f"plain.{row.layer}")
     made = attention.outputs[0]
     made.name, made.type, made.shape = attention.name, result.type, result.shape
-    other = ir.Graph([], [made], nodes=[attention], name=f"closed.{row.layer}")
-    run_for_several(graph, inner, [result], other, f"open.{row.layer}")
+    other = ir.Graph([], [made], nodes=[attention], name=f"plain.{row.layer}")
+    run_for_several(graph, inner, [result], other, f"losing.{row.layer}")
     return True
 
 
