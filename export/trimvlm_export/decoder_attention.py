@@ -17,7 +17,10 @@ from trimvlm.schedule import Row
 from trimvlm_export.decoder_stream import LastRow, Part, Stream, TextRows
 from trimvlm_export.operators import attention, attention_weights, repeat_heads
 
-_NOTHING: tuple[TextKeys, Rows] = ("live", "live")  # is hidden from text rows, from visual rows
+_NOTHING: tuple[TextKeys, Rows] = (
+    "live",
+    "live",
+)  # what text rows lose, what visual rows lose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,7 @@ class Attended:
         visible = self.visible(self.part, *hidden)
         out = self._attention(visible, *lost)
         if row.query == "none" or (hidden[1] == "live" and row.masked_by is None):
-            return out  # every row sees itself
+            return out  # every row sees some key
         sees = visible.float().sum(dim=1) > 0
         return torch.where(sees.unsqueeze(1), out, torch.zeros((), dtype=out.dtype))
 
@@ -109,7 +112,8 @@ class Attended:
         """
         if text_keys == visual_keys or isinstance(self.part, TextRows | LastRow):
             return attention(self.queries, self.keys, self._values(text_keys), visible)
-        # Visual rows of the part, which come first, and one more: no kernel takes none, at decode.
+        # How many queries are of visual rows, which come first. One more is computed: at decode is none,
+        # and no kernel takes that.
         visual = self.queries.shape[2] - (self.stream.hidden.shape[0] - self.stream.visual)
         some = self.queries[:, :, : visual + 1], self.keys, self._values(visual_keys), visible[: visual + 1]
         # The keys that text rows see, as a tensor of its own: building two attentions that read one tensor of

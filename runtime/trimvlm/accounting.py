@@ -59,7 +59,8 @@ def attention_pieces(schedule: Schedule, row: Row) -> int:
     """
     whole = row.attends and row.execute == "both" and row.query == "live" and not row.selects_inside
     sees = row.visual_keys == "live" or schedule.mask == "post_softmax"
-    if not whole or not sees or row.layer == schedule.model.layers - 1:
+    copied = loses_weights(schedule, row) and (row.masked_by is not None or row.cached != row.live)
+    if not whole or not sees or copied or row.layer == schedule.model.layers - 1:
         return 1
     return max(1, min(MOST_PIECES, row.live // PIECE_ROWS))
 

@@ -51,6 +51,13 @@ DECISIONS = {
             LayerRule(layers=(3,), text_keys="none", cache="none"),
         ),
     ),
+    "lost": Decisions(
+        mask="post_softmax",
+        layers=(
+            LayerRule(layers=(1,), visual_keys="none"),
+            LayerRule(layers=(2,), text_keys="none", visual_keys="none"),
+        ),
+    ),
     "hidden": Decisions(
         mask="post_softmax",
         positions="compact",
@@ -78,12 +85,13 @@ GROWING = {
     "rated": [0, 1, 2, 3, 4],
     "uncached": [0, 1, 4],
     "blind": [0, 1, 2, 4],
+    "lost": [0, 1, 2, 3, 4],
     "hidden": [0, 1, 2, 4],
     "skipped": [0, 1, 2, 3, 4],
     "parts": [0, 2, 3, 4],
 }
 
-CUT = ("dense", "late", "blind")  # those that are tried with attention in pieces, too
+CUT = ("dense", "late", "blind", "lost")  # those that are tried with attention in pieces, too
 
 pytestmark = pytest.mark.skipif(
     numbers(onnxruntime.__version__) < IN_PLACE_SINCE, reason="this ONNX Runtime has no TensorScatter"
@@ -187,22 +195,25 @@ def test_attention_in_pieces_is_attention(bundle: Bundle, cut: Bundle, name: str
             )
 
 
-@pytest.mark.parametrize(("name", "whole", "again"), [("dense", [], 0), ("blind", [3], 3)])
+@pytest.mark.parametrize(
+    ("name", "wanted", "again"),
+    [("dense", [4, 4, 4, 4, 1], 0), ("blind", [4, 4, 4, 1, 1], 3), ("lost", [4, 4, 4, 4, 1], 1)],
+)
 def test_a_piece_makes_no_scores_of_later_visual_rows(
-    cut: Bundle, name: str, whole: list[int], again: int, tmp_path: Path
+    cut: Bundle, name: str, wanted: list[int], again: int, tmp_path: Path
 ) -> None:
     """Queries and keys of every attention that ran, from ONNX Runtime's profile.
 
     Args:
-        whole: layers whose cache does not grow in place.
-        again: layers that lose weights: an attention for each kind of rows, one text row in both.
+        wanted: pieces of each layer; a layer whose cache does not grow in place is whole.
+        again: layers with an attention for each kind of rows, one text row in both.
     """
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(accounting, "PIECE_ROWS", 4)
         profile = cut.profile(name)
         schedule = Schedule.resolve(profile, profile.model)
         pieces = [accounting.attention_pieces(schedule, row) for row in schedule.rows]
-        hidden = [0 if row in whole else each for row, each in enumerate(accounting.hidden_pairs(schedule))]
+        hidden = accounting.hidden_pairs(schedule)
     backend, (rows, visual) = open_decoder(cut, name, "in_place"), prompt(cut, name, 1)
     options = backend.options("decoder")
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
@@ -214,9 +225,9 @@ def test_a_piece_makes_no_scores_of_later_visual_rows(
     sizes = [(*each[0].values(), *each[1].values()) for each in ran]
     flops = [4 * heads * size * queries * keys[2] for (_, heads, queries, size), keys in sizes]
     every = rows.length * 4 * profile.model.heads * profile.model.head_dim
-    assert pieces == [4, 4, 4, 4, 1] and len(flops) == sum(pieces) - 3 * len(whole) + again
+    assert pieces == wanted and len(flops) == sum(pieces) + again
     assert sum(flops) == 4 * every * rows.length + (1 + again) * every - sum(hidden)
-    assert min(each for row, each in enumerate(hidden[:4]) if row not in whole) > 0 == hidden[4]
+    assert [each > 0 for each in hidden] == [each > 1 for each in pieces]
 
 
 @pytest.mark.parametrize("name", DECISIONS)
@@ -339,6 +350,7 @@ IN_ONE = {
     "rated": 3,
     "uncached": 2,
     "blind": 4,
+    "lost": 5,
     "hidden": 1,
     "skipped": 5,
     "parts": 4,

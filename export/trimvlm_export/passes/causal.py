@@ -4,7 +4,8 @@ Visual rows are in the order of their positions, so an early one sees no later o
 are cut into pieces, and each is given the visual keys up to its own end and all text keys: of many pieces
 half the scores of visual rows with each other are never made, and only one piece's are in memory. The last
 piece, text rows included, reads the whole cache. An `If` leaves the tokens after the prompt one attention.
-Where rows lose weights after the softmax, visual rows have an attention of their own, which is cut.
+Where rows lose weights after the softmax, visual rows have an attention of their own, which is cut; its last
+piece has one text row, whose result is thrown away.
 
 Shapes: R rows of the stream, N visual ones among them (the first), P past rows.
 """
@@ -50,7 +51,7 @@ class _Pieces:
         self.masks: dict[tuple[ir.Value, int], tuple[ir.Value, list[ir.Value]]] = {}
 
     def cut(self, layer: int) -> None:
-        """Replaces the attention of a layer's visual rows."""
+        """Replaces a layer's attention, or that of its visual rows."""
         row, attention = self.schedule.rows[layer], self._attention(layer)
         mask, old, graph = attention.inputs[3], attention.outputs[0], attention.graph
         outer = place(self.graph, attention)

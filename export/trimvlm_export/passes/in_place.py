@@ -4,10 +4,10 @@ The fused decoder makes each cache anew: past and new rows, put one after the ot
 with room for more rows than it has; `TensorScatter` writes the new ones behind the old ones, and nothing is
 copied where the library is given the same memory for input and output. Attention masks the room that is left.
 
-What else reads a cache in a branch, with its new rows or without, than attention of a layer's keys to its
-values is given a copy of its filled rows. A layer whose attention reads other rows than it caches, or whose
-keys something else reads outside of branches, keeps its copies. Operators are of opset 24, from which on
-there is `TensorScatter`.
+In a branch, what reads a cache, with its new rows or without, and is not a layer's attention of cached keys
+to cached values, is given a copy of the filled rows. A layer whose attention reads other rows than it caches,
+or whose keys something else reads outside of branches, keeps its copies. Operators are of opset 24, from
+which on there is `TensorScatter`.
 
 Shapes: G key/value heads, B rows of the buffer, P rows in it, R new rows, C head size, S = P + R.
 """

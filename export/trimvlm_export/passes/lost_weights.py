@@ -18,8 +18,7 @@ from trimvlm_export.passes.branches import number, put_first, read_outside, run_
 
 
 def read_caches_for_one_row(model: ir.Model, schedule: Schedule) -> int:
-    """Gives layers whose prompt reads other values than the cache's an attention without them for one row, in
-    place.
+    """Gives one row an attention of the cache itself, in layers whose prompt reads other values, in place.
 
     Returns:
         The number of layers that changed.
@@ -32,7 +31,7 @@ def read_caches_for_one_row(model: ir.Model, schedule: Schedule) -> int:
 
 
 def _sees_all(schedule: Schedule, row: Row) -> bool:
-    """Whether a layer's prompt loses weights, and later rows see, and lose nothing of, all that it caches."""
+    """Whether a layer's prompt loses weights, and later rows see all that it caches."""
     return loses_weights(schedule, row) and row.masked_by is None and row.cached == row.live
 
 
